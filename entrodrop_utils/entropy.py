@@ -1,0 +1,192 @@
+"""Entropy estimators of hidden states, in nats: pure functions of ``Float[Tensor, "*batch token dim"]``.
+
+The tokens of one sequence are the samples, the model's width is the dimension. Every estimator is batched over all
+leading dimensions, accumulates in float64 and returns one number per sequence. Bucket, KNN and Renyi are those of
+"Entropy-Based Block Pruning for Efficient Large Language Models" (arXiv 2504.03794, section 3); ``official=True`` gives
+the constants of its published code where they differ from the textbook's.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+
+def _checked(x: Num[Tensor, "*batch token dim"], needs: int = 2) -> Float[Tensor, "*batch token dim"]:
+    """The states as a floating tensor of at least float32, or a ValueError that says what is wrong with them."""
+    if not x.is_floating_point():
+        raise ValueError(f"hidden states must be floating point, got {x.dtype}: token ids have no entropy of this kind")
+    if x.ndim < 2 or x.shape[-2] < needs or x.shape[-1] < 1:
+        raise ValueError(f"need at least {needs} tokens and one dimension (*batch, token, dim), got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"hidden states hold {int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}")
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def squared_distances(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
+    """Pairwise squared Euclidean distances in float64; exact zero between duplicates.
+
+    Centred first: hidden states share a large mean, and a matrix product of uncentred float32 states loses all of the
+    distance. What is below the rounding of the product is a duplicate, and its distance is 0.
+    """
+    x = x.double()
+    x = x - x.mean(-2, keepdim=True)
+    gram = x @ x.mT
+    norm = gram.diagonal(dim1=-2, dim2=-1)
+    scale = norm.unsqueeze(-1) + norm.unsqueeze(-2)
+    d2 = scale - 2 * gram
+    return torch.where(d2 > 1e-12 * scale, d2, 0.0)
+
+
+def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, "*batch"]:
+    """Histogram entropy, summed over dimensions: sum_d -sum_b p log p (arXiv 2504.03794, section 3).
+
+    Each dimension has ``bins`` equal-width bins between its own minimum and maximum, so the estimate does not change
+    when a dimension is shifted or scaled, and one outlier token can empty all bins but two. A constant dimension
+    contributes 0. The largest possible value is dim * log(min(bins, token)).
+
+    Args:
+        x: hidden states, ``*batch token dim``.
+        bins: bins per dimension; the paper's code uses 20.
+    Returns:
+        One entropy per leading index, nats (float64).
+    Raises:
+        ValueError: fewer than two tokens, NaN or inf, integer states, ``bins`` below 2.
+    """
+    if bins < 2:
+        raise ValueError(f"bins must be at least 2, got {bins}")
+    x = _checked(x)
+    *batch, tokens, dim = x.shape
+    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    width = (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+    index = ((x - low) / width * bins).long().clamp_(max=bins - 1)
+    histograms = math.prod(batch) * dim
+    # One flat count over (sequence, dimension, bin): no one-hot tensor of token x dim x bins is ever made.
+    offset = torch.arange(histograms, device=x.device).view(*batch, 1, dim) * bins
+    counts = torch.bincount((index + offset).flatten(), minlength=histograms * bins)
+    n = torch.arange(tokens + 1, dtype=torch.float64, device=x.device)
+    n_log_n = torch.special.xlogy(n, n)[counts].view(*batch, dim * bins)
+    return dim * math.log(tokens) - n_log_n.sum(-1) / tokens
+
+
+def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False) -> Float[Tensor, "*batch"]:
+    """Kozachenko-Leonenko differential entropy: D mean(log r_k) + log V_D + psi(N) - psi(k).
+
+    r_k is the Euclidean distance to the k-th nearest neighbour and V_D the volume of the unit ball. Where a token has k
+    or more exact duplicates, r_k is 0 and the textbook formula is minus infinity; there the nearest token that differs
+    is used instead, with its own rank in place of k, which leaves the estimator as it is everywhere else.
+
+    Args:
+        x: hidden states, ``*batch token dim``.
+        k: neighbour, 1 <= k < token; the paper's code uses 25.
+        official: log N - log k in place of the digammas, as in the published code.
+    Returns:
+        One entropy per leading index, nats (float64). It follows scale: H(a X) = H(X) + dim log a.
+    Raises:
+        ValueError: k out of range, fewer than two tokens, NaN or inf, integer states, all tokens identical.
+    """
+    x = _checked(x)
+    tokens, dim = x.shape[-2:]
+    if not 1 <= k < tokens:
+        raise ValueError(f"k must be between 1 and token - 1 = {tokens - 1}, got {k}")
+    d2 = squared_distances(x)
+    rank = (d2 == 0).sum(-1).clamp(min=k)  # rank 0 is the token itself: the first neighbour that differs, or k
+    if (rank == tokens).any():
+        raise ValueError(f"all {tokens} tokens of a sequence are identical: their differential entropy is minus infinity")
+    nearest = d2.topk(int(rank.max()) + 1, largest=False).values
+    log_radius = 0.5 * nearest.gather(-1, rank.unsqueeze(-1)).squeeze(-1).log()
+    count = (lambda n: n.double().log()) if official else (lambda n: torch.special.digamma(n.double()))
+    log_ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1)
+    return (dim * log_radius - count(rank)).mean(-1) + log_ball + count(torch.tensor(tokens, device=x.device))
+
+
+def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tensor, "*batch"]:
+    """Kernel Renyi entropy: 1 / (1 - alpha) log mean_ij K_ij^(alpha - 1) (arXiv 2504.03794, section 3).
+
+    Dimensions are standardised (a constant one becomes 0), K is a Gaussian kernel with sigma the median distance between
+    two different tokens, and the mean is over all pairs, a token with itself included. Between 0 and log(token), since
+    sigma adapts to the data it says how uneven the distances are, not how large.
+
+    Args:
+        x: hidden states, ``*batch token dim``.
+        alpha: order, positive and not 1; the paper's code uses 4.
+    Returns:
+        One entropy per leading index, nats (float64).
+    Raises:
+        ValueError: alpha, fewer than two tokens, NaN or inf, integer states.
+    """
+    if alpha <= 0 or alpha == 1:
+        raise ValueError(f"alpha must be positive and not 1 (the limit is not defined for this estimator), got {alpha}")
+    x = _checked(x).double()
+    centred = x - x.mean(-2, keepdim=True)
+    std = x.std(-2, keepdim=True)
+    d2 = squared_distances(torch.where(std > 0, centred / std, 0.0))
+    upper = torch.triu_indices(x.shape[-2], x.shape[-2], offset=1, device=x.device)
+    sigma2 = d2[..., upper[0], upper[1]].sqrt().median(-1).values.square()[..., None, None]
+    # sigma = 0: more than half of the pairs coincide; only they keep K = 1, whatever the bandwidth
+    log_kernel = torch.where(d2 > 0, -d2 / (2 * sigma2), 0.0)
+    log_mean = torch.logsumexp((alpha - 1) * log_kernel, dim=(-2, -1)) - 2 * math.log(x.shape[-2])
+    return log_mean / (1 - alpha)
+
+
+def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
+    """Entropy of the Gaussian with the states' covariance: 1/2 log det(2 pi e Sigma).
+
+    With fewer tokens than dimensions the sample covariance is singular, so it is shrunk towards a multiple of the
+    identity by the oracle approximating shrinkage of Chen et al. (2010, eq. 23). An upper bound for any distribution
+    with that covariance.
+
+    Args:
+        x: hidden states, ``*batch token dim``.
+    Returns:
+        One entropy per leading index, nats (float64).
+    Raises:
+        ValueError: fewer than two tokens, NaN or inf, integer states, all tokens identical.
+    """
+    x = _checked(x).double()
+    tokens, dim = x.shape[-2:]
+    x = x - x.mean(-2, keepdim=True)
+    # tokens x tokens or dim x dim, whichever is smaller: both have the same non-zero eigenvalues
+    gram = (x @ x.mT if tokens < dim else x.mT @ x) / tokens
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if (trace == 0).any():
+        raise ValueError(f"all {tokens} tokens of a sequence are identical: their Gaussian entropy is minus infinity")
+    square = gram.square().sum((-2, -1))
+    shrink = ((1 - 2 / dim) * square + trace**2) / ((tokens + 1 - 2 / dim) * (square - trace**2 / dim))
+    shrink = torch.where(torch.isfinite(shrink) & (shrink > 0), shrink, 1.0).clamp(max=1.0)
+    floor = shrink * trace / dim
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    inner = eye + ((1 - shrink) / floor)[..., None, None] * gram
+    log_det = dim * floor.log() + 2 * torch.linalg.cholesky(inner).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return 0.5 * (dim * math.log(2 * math.pi * math.e) + log_det)
+
+
+def matrix(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Float[Tensor, "*batch"]:
+    """Matrix-based Renyi entropy of the trace-normalised token Gram matrix (Giraldo et al. 2015); alpha = 1: von Neumann.
+
+    The states are not centred, as in "Attention Sinks and Compression Valleys in LLMs are Two Sides of the Same Coin"
+    (arXiv 2510.06477). Between 0 and log(min(token, dim)); one dominating token brings it to 0.
+
+    Args:
+        x: hidden states, ``*batch token dim``.
+        alpha: order, positive; 1 is the limit -sum lambda log lambda.
+    Returns:
+        One entropy per leading index, nats (float64).
+    Raises:
+        ValueError: alpha, fewer than two tokens, NaN or inf, integer states, all states zero.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha must be positive, got {alpha}")
+    x = _checked(x).double()
+    gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if (trace == 0).any():
+        raise ValueError("all states of a sequence are zero: their Gram matrix has no trace to normalise by")
+    eigenvalue = torch.linalg.eigvalsh(gram / trace[..., None, None]).clamp(min=0)
+    if alpha == 1:
+        return -torch.special.xlogy(eigenvalue, eigenvalue).sum(-1)
+    return eigenvalue.pow(alpha).sum(-1).log() / (1 - alpha)
+
+
+ESTIMATORS = {"bucket": bucket, "knn": knn, "renyi": renyi, "gaussian": gaussian, "matrix": matrix}

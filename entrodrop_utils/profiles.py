@@ -1,0 +1,84 @@
+"""What a run is: a model, a size, a text and a seed, checked before anything starts; and where its files go."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
+MODELS = DATA / "models"
+RESULTS = DATA / "results"
+FIGURES = ROOT / "figures"
+NOTEBOOKS = ROOT / "notebooks"
+BUILD = ROOT / "build"
+
+REGISTRY = tomllib.loads((DATA / "profiles.toml").read_text())
+SIZES: dict[str, dict] = REGISTRY["sizes"]
+DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT = "smollm2-135m-instruct", "default", "docs"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How much text one step reads: ``sequences`` windows of ``tokens`` tokens."""
+
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One run. ``calibration`` text ranks the sub-blocks; ``evaluation`` text, disjoint from it, says what dropping costs."""
+
+    model: str
+    size: str
+    text: str
+    seed: int
+    calibration: Windows
+    evaluation: Windows
+    twin: Windows
+    attention: Windows
+    fractions: tuple[float, ...]
+    random_draws: int
+    output: Path
+
+    @classmethod
+    def of(
+        cls, model: str = DEFAULT_MODEL, size: str = DEFAULT_SIZE, text: str = DEFAULT_TEXT, seed: int = 0, output: str = ""
+    ) -> "Profile":
+        """The run of these names. Without ``output`` its files go under ``build/``, beside nothing that is committed.
+
+        Raises:
+            ValueError: a size that does not exist, with the list of those that do.
+        """
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+        chosen = dict(SIZES[size])
+        windows = {name: Windows(*chosen.pop(name)) for name in ("calibration", "evaluation", "twin", "attention")}
+        fractions = tuple(chosen.pop("fractions"))
+        folder = Path(output) if output else BUILD / "interactive"
+        return cls(model, size, text, seed, fractions=fractions, output=folder.resolve(), **windows, **chosen)
+
+    @property
+    def folder(self) -> str:
+        """``<model>/<size>``, the folder of this run under data/results and figures; a text of one's own is part of its name."""
+        return f"{slug(self.model)}/{self.size}" + ("" if self.text == DEFAULT_TEXT else f"-{slug(self.text)}")
+
+    def counts(self, total: int) -> list[int]:
+        """How many of ``total`` sub-blocks are dropped at each of the run's fractions, at least one and not all of them."""
+        return sorted({min(max(1, round(f * total)), total - 1) for f in self.fractions})
+
+    def write(self, table: pd.DataFrame, name: str) -> Path:
+        """The table as CSV under this run's results; six digits, so that the same numbers are the same bytes."""
+        path = self.output / "results" / self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        return path
+
+
+def slug(name: str) -> str:
+    """A model's or text's name as the name of a folder: the last part of a path, both parts of a hub name."""
+    path = Path(name).expanduser()
+    plain = path.resolve().name if path.exists() else name.replace("/", "--")
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in plain).strip(".-").lower() or "unnamed"

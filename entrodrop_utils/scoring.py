@@ -1,0 +1,147 @@
+"""One pass over the calibration text: every metric of every sub-block (or position) on every sequence."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .entropy import ESTIMATORS
+from .progress import progress
+from .residual import positions, watch
+from .similarity import SIMILARITIES
+from .sub_blocks import KINDS, Kind, find, layers
+
+Metric = Callable[..., Tensor]  # of one state: an entropy; of two, a sub-block's input and output: a similarity
+METRICS: dict[str, Metric] = {**ESTIMATORS, **SIMILARITIES}
+OFFICIAL_PROTECTED = (0, 1, -1)  # the layers that the published code never drops
+
+
+def without_first(metric: Metric) -> Metric:
+    """The metric without the first token of each sequence, which is the attention sink of most decoders."""
+
+    @functools.wraps(metric)
+    def shortened(*states: Tensor) -> Tensor:
+        return metric(*(state[..., 1:, :] for state in states))
+
+    return shortened
+
+
+def resolve(metrics: Iterable[str] | Mapping[str, Metric]) -> dict[str, Metric]:
+    """Name -> metric, from registered names or from a mapping of one's own (``{"bucket, 40 bins": partial(bucket, bins=40)}``).
+
+    Raises:
+        ValueError: an unknown name, with the list of those that exist.
+    """
+    if isinstance(metrics, Mapping):
+        return dict(metrics)
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"unknown metric {', '.join(map(repr, unknown))}: choose from {', '.join(METRICS)}")
+    return {name: METRICS[name] for name in metrics}
+
+
+def is_entropy(metric: Metric) -> bool:
+    """Whether a metric looks at one state (an entropy, whose increase is the score) rather than at input and output."""
+    return sum(p.default is p.empty for p in inspect.signature(metric).parameters.values()) == 1
+
+
+def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], entropies: dict, similarities: dict, kinds, what: str):
+    """One forward pass a window; rows (what, key, metric, sequence, value). At most three states are alive at a time."""
+    of_position: list[tuple] = []
+    of_pair: list[tuple] = []
+    ends = {}
+    for kind in kinds if similarities else ():
+        for sub_block in find(model, kind):
+            start, end = positions(sub_block)
+            ends.setdefault(end, []).append((start, sub_block))
+    for sequence, window in enumerate(progress(windows, what)):
+        alive: dict[int, Tensor] = {}
+
+        def seen(position: int, state: Tensor, sequence=sequence, alive=alive) -> None:
+            x = state[0].detach().float()
+            for name, metric in entropies.items():
+                of_position.append((position, name, sequence, float(metric(x))))
+            for start, sub_block in ends.get(position, ()):
+                for name, metric in similarities.items():
+                    of_pair.append((sub_block.kind, sub_block.layer, name, sequence, float(metric(alive[start], x))))
+            if similarities:
+                alive.pop(position - 3, None)
+                alive[position] = x
+
+        with watch(model, seen), torch.inference_mode():
+            model.base_model(window[None].to(model.device), use_cache=False)
+    return of_position, of_pair
+
+
+def entropies(
+    model: nn.Module, windows: Int[Tensor, "sequence token"], estimators: Iterable[str] | Mapping[str, Metric] = tuple(ESTIMATORS)
+) -> pd.DataFrame:
+    """Entropy of the residual stream at each of its 2 L + 1 positions.
+
+    Returns:
+        position, estimator, sequence, value (nats).
+    """
+    chosen = resolve(estimators)
+    if wrong := [name for name, metric in chosen.items() if not is_entropy(metric)]:
+        raise ValueError(f"{', '.join(wrong)} compares two states and has no value at one position: use scoring.score")
+    rows, _ = _measure(model, windows, chosen, {}, (), "entropy of the stream")
+    return pd.DataFrame(rows, columns=["position", "estimator", "sequence", "value"])
+
+
+def score(
+    model: nn.Module,
+    windows: Int[Tensor, "sequence token"],
+    metrics: Iterable[str] | Mapping[str, Metric] = ("bucket", "knn", "cosine"),
+    kinds: Iterable[Kind] = KINDS,
+) -> pd.DataFrame:
+    """Every metric of every sub-block on every calibration sequence; the smaller the value, the more redundant.
+
+    For an entropy the value is the increase H(out) - H(in) (arXiv 2504.03794, eq. 3), nats; for a similarity the change of the state.
+    One forward pass a window without logits; states are freed as they are used.
+
+    Returns:
+        kind, layer, metric, sequence, value.
+    Raises:
+        ValueError: an unknown metric or kind.
+    """
+    chosen, kinds = resolve(metrics), tuple(kinds)
+    single = {name: metric for name, metric in chosen.items() if is_entropy(metric)}
+    double = {name: metric for name, metric in chosen.items() if name not in single}
+    sub_blocks = [sub_block for kind in kinds for sub_block in find(model, kind)]
+    rows, pairs = _measure(model, windows, single, double, kinds, "scoring")
+    value = {(position, name, sequence): h for position, name, sequence, h in rows}
+    increases = [
+        (sub_block.kind, sub_block.layer, name, sequence, value[end, name, sequence] - value[start, name, sequence])
+        for sub_block in sub_blocks
+        for start, end in [positions(sub_block)]
+        for name in single
+        for sequence in range(len(windows))
+    ]
+    return pd.DataFrame(increases + pairs, columns=["kind", "layer", "metric", "sequence", "value"])
+
+
+def bootstrap(values: Float[np.ndarray, "sample *rest"], draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw *rest"]:
+    """Means of resampled sequences: the bootstrap distribution of the mean over the first axis."""
+    values = np.asarray(values, dtype=float)
+    count = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
+    return np.tensordot(count / len(values), values, axes=1)
+
+
+def interval(table: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFrame:
+    """Mean of ``value`` over sequences for each group, with its 95% bootstrap interval: *by, mean, low, high.
+
+    The same resampled sequences serve every group, so that differences between groups can be compared.
+    """
+    wide = table.pivot_table(index="sequence", columns=by, values="value", sort=False)
+    draws = bootstrap(wide.to_numpy(), seed=seed)
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    return pd.DataFrame({"mean": wide.mean(), "low": low, "high": high}).reset_index()
+
+
+def depth(model: nn.Module) -> int:
+    """The number of decoder layers."""
+    return len(layers(model))

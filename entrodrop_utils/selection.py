@@ -1,0 +1,74 @@
+"""Scores -> which sub-blocks to drop: always an explicit list of sub-blocks, first dropped first."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+from .scoring import OFFICIAL_PROTECTED, bootstrap
+from .sub_blocks import Kind, SubBlock
+
+
+def one_shot(
+    scores: pd.DataFrame, metric: str, kind: Kind, n: int | None = None, protected: Iterable[int] = OFFICIAL_PROTECTED
+) -> list[SubBlock]:
+    """The ``n`` sub-blocks of one kind with the smallest mean score, smallest first.
+
+    Args:
+        scores: of ``scoring.score``.
+        n: how many; None for all that may be dropped.
+        protected: layers that are kept; negative ones count from the end. The default is that of the published code.
+    Raises:
+        ValueError: the scores do not hold this metric and kind; fewer than ``n`` may be dropped; a layer that does not exist.
+    """
+    mean = _sequences(scores, metric, kind).mean()
+    depth = int(scores.layer.max()) + 1
+    protected = tuple(protected)
+    if wrong := [layer for layer in protected if not -depth <= layer < depth]:
+        raise ValueError(f"cannot protect layers {wrong}: the scores are of {depth} layers")
+    kept = {layer % depth for layer in protected}
+    order = mean.drop(index=[layer for layer in mean.index if layer in kept]).sort_values(kind="stable")
+    if n is not None and not 0 <= n <= len(order):
+        raise ValueError(f"cannot drop {n} of {len(mean)} sub-blocks of kind {kind}: {len(order)} are not protected")
+    return [SubBlock(int(layer), kind) for layer in order.index[:n]]
+
+
+def stage_boundary(scores: pd.DataFrame, metric: str) -> int:
+    """The first layer of the rising stage: where the mean entropy of the layer inputs turns from falling to rising.
+
+    It is the layer whose input has the least entropy (arXiv 2504.03794, section 4.2); 0 where the curve never falls.
+    The curve follows from the increases of the blocks, up to a constant that does not matter here.
+    """
+    return int(_boundaries(_block_increases(scores, metric).mean().to_numpy()[None])[0])
+
+
+def stage_boundary_draws(scores: pd.DataFrame, metric: str, draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """The stage boundary of resampled calibration sequences: how sure its place is."""
+    return _boundaries(bootstrap(_block_increases(scores, metric).to_numpy(), draws, seed))
+
+
+def two_stage(scores: pd.DataFrame, metric: str, kind: Kind, n: int | None = None) -> list[SubBlock]:
+    """The paper's rule: keep every layer of the falling stage; in the rising stage the smallest entropy increase goes first.
+
+    Raises:
+        ValueError: as ``one_shot``; the scores must hold kind "block" as well, from which the stages are read.
+    """
+    return one_shot(scores, metric, kind, n, protected=range(stage_boundary(scores, metric)))
+
+
+def _sequences(scores: pd.DataFrame, metric: str, kind: Kind) -> pd.DataFrame:
+    chosen = scores[(scores.metric == metric) & (scores.kind == kind)]
+    if chosen.empty:
+        have = scores[["metric", "kind"]].drop_duplicates().agg(" of ".join, axis=1)
+        raise ValueError(f"the scores do not hold {metric} of {kind}: they hold {', '.join(have)}")
+    return chosen.pivot(index="sequence", columns="layer", values="value")
+
+
+def _block_increases(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return _sequences(scores, metric, "block")
+
+
+def _boundaries(increases: np.ndarray) -> np.ndarray:
+    """Per row of block increases, the layer input with the least entropy (what the last layer leaves is no layer's input)."""
+    inputs = np.concatenate([np.zeros((len(increases), 1)), np.cumsum(increases, axis=1)[:, :-1]], axis=1)
+    return inputs.argmin(axis=1)

@@ -1,0 +1,47 @@
+"""Scores that compare a sub-block's input with its output: pure functions of two ``Float[Tensor, "*batch token dim"]``.
+
+In all of them a small value means that the sub-block changes the residual stream little, so the smallest goes first.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64: 1 - cos in half precision is quantised at the size of the differences that decide a ranking."""
+    x, y = x.double(), y.double()
+    for name, state in (("input", x), ("output", y)):
+        if not torch.isfinite(state).all():
+            raise ValueError(f"the {name} states hold NaN or infinite values")
+    return x, y
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    x, y = _pair(x, y)
+    return torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=1e-300)
+
+
+def cosine(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
+    """1 - mean over tokens of cos(in, out).
+
+    On a block this is ShortGPT's block influence (arXiv 2403.03853, eq. 1), on an attention layer or an MLP the score of
+    LLM-Drop (arXiv 2406.15786), whose input is the raw residual stream before the norm. Between 0 and 2, no unit.
+    """
+    return 1 - _cosine(x, y).mean(-1)
+
+
+def angular(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
+    """Mean over tokens of arccos(cos(in, out)) / pi (arXiv 2403.17887, eq. 5, there for the last token). Between 0 and 1."""
+    return _cosine(x, y).clamp(-1, 1).arccos().mean(-1) / math.pi
+
+
+def norm_ratio(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
+    """Mean over tokens of |out - in| / |in|: the size of what a sub-block adds, relative to the stream it adds to."""
+    x, y = _pair(x, y)
+    return ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-300)).mean(-1)
+
+
+SIMILARITIES = {"cosine": cosine, "angular": angular, "norm_ratio": norm_ratio}

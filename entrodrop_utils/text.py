@@ -1,0 +1,183 @@
+"""Calibration, search and evaluation text, as windows of tokens that share no paragraph."""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import load_dataset
+from filelock import FileLock
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .profiles import DATA, Windows
+from .progress import progress
+
+Part = Literal["calibration", "search", "evaluation"]
+# Tenths of the documents: which part one belongs to follows from its own hash, so adding text moves nothing.
+SHARES: dict[Part, range] = {"calibration": range(0, 4), "search": range(4, 6), "evaluation": range(6, 10)}
+# Long, edited English docstrings: what every machine that runs this suite has installed.
+DOCS_PACKAGES = ("datasets", "matplotlib", "numpy", "pandas", "scipy", "seaborn")
+SHORTEST = 400  # characters; a shorter docstring is a signature with a sentence
+# Name on the hub -> configuration and split, for sources that the literature calibrates on
+HUB = {
+    "c4": ("allenai/c4", "en", "train"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+}
+MOST_DOCUMENTS = 20_000
+
+
+def check(source: str) -> None:
+    """Refuse a text that cannot exist.
+
+    Raises:
+        ValueError: with the list of what can be named.
+    """
+    path = Path(source).expanduser()
+    if source == "docs" or source in HUB or (path.is_file() and path.suffix in (".txt", ".jsonl")):
+        return
+    if path.suffix in (".txt", ".jsonl") or path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(
+            f"unknown text {source!r}: choose docs, {', '.join(HUB)}, an existing .txt file (documents separated by blank lines), an "
+            "existing .jsonl file (one object with a `text` a line), or a hub dataset of the form organisation/name"
+        )
+
+
+def windows(
+    source: str, part: Part, tokenizer: PreTrainedTokenizerBase, size: Windows, seed: int = 0
+) -> Int[Tensor, "sequence token"]:
+    """``size.sequences`` windows of ``size.tokens`` tokens, no two from one document.
+
+    Each window is the beginning of a document, as the tokenizer encodes it (with its beginning-of-sequence token if it has one);
+    a document that is too short goes on with the next. The same arguments give the same windows.
+
+    Raises:
+        ValueError: an unknown source or part, or one with too little text, with how much there is.
+    """
+    if part not in SHARES:
+        raise ValueError(f"unknown part {part!r}: choose one of {', '.join(SHARES)}")
+    documents = list(_part(source, part))
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    found: list[list[int]] = []
+    text = ""
+    for index in order:
+        if len(found) == size.sequences:
+            break
+        text = f"{text}\n\n{documents[index]}" if text else documents[index]
+        # A token is at least one byte: far too short a text is not encoded, and far too long a one only in part
+        if len(text.encode()) < size.tokens:
+            continue
+        ids = tokenizer(text[: 20 * size.tokens]).input_ids
+        if len(ids) >= size.tokens:
+            found.append(ids[: size.tokens])
+            text = ""
+    if len(found) < size.sequences:
+        raise ValueError(
+            f"the {part} part of {source} ({len(documents)} documents) gives {len(found)} windows of {size.tokens} tokens, "
+            f"{size.sequences} are needed: use more text or a smaller size"
+        )
+    return torch.tensor(found)
+
+
+def digest(ids: Int[Tensor, "sequence token"]) -> str:
+    """A short hash of the windows: two runs on the same text and tokenizer have the same."""
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=8)
+def _part(source: str, part: Part) -> tuple[str, ...]:
+    """The documents of one part, without paragraphs that an earlier document, of any part, already had."""
+    check(source)
+    seen: set[bytes] = set()
+    kept: list[str] = []
+    for key, document in _documents(source):
+        tenth = hashlib.sha256(key.encode()).digest()[0] % 10
+        fresh = []
+        for paragraph in document.split("\n\n"):
+            mark = hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=12).digest()
+            if mark not in seen:
+                seen.add(mark)
+                fresh.append(paragraph)
+        if fresh and tenth in SHARES[part]:
+            kept.append("\n\n".join(fresh).strip())
+    return tuple(document for document in kept if document)
+
+
+def _documents(source: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of every document; documents with one key go into the same part."""
+    path = Path(source).expanduser()
+    if source == "docs":
+        for item in json.loads(_harvested().read_text(encoding="utf-8")):
+            yield item["file"], item["text"]
+    elif path.suffix == ".txt":
+        for document in path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n"):
+            yield document, document
+    else:
+        if path.suffix == ".jsonl":
+            rows = load_dataset("json", data_files=str(path), split="train")
+        else:
+            name, config, split = HUB.get(source, (source, None, "train"))
+            try:
+                rows = load_dataset(name, config, split=split, streaming=name == "allenai/c4")
+            except Exception as error:  # the datasets library raises a dozen kinds
+                raise ValueError(
+                    f"the dataset {name} could not be loaded ({str(error).strip().split(chr(10))[0]}); it needs the network once, "
+                    "or a local hub cache (HF_HOME)"
+                ) from error
+        for count, row in enumerate(rows):
+            if count == MOST_DOCUMENTS:
+                break
+            if "text" not in row:
+                raise ValueError(f"{source} has no column `text`, only {', '.join(row)}")
+            if row["text"].strip():
+                yield row["text"], row["text"]
+
+
+def _harvested() -> Path:
+    """The docstrings of the installed packages as one JSON file, harvested once per set of versions and never half-written."""
+    roots = [Path(importlib.util.find_spec(name).submodule_search_locations[0]) for name in DOCS_PACKAGES]
+    versions = " ".join(f"{name}={_version(name)}" for name in DOCS_PACKAGES)
+    stamp = hashlib.sha256(f"{versions} {SHORTEST}".encode()).hexdigest()[:12]
+    path = DATA / "text" / f"docs-{stamp}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            files = sorted((f"{root.name}/{file.relative_to(root).as_posix()}", file) for root in roots for file in root.rglob("*.py") if "tests" not in file.parts)
+            found = [
+                {"file": name, "text": text}
+                for name, file in progress(files, "reading docstrings")
+                for text in _docstrings(file.read_bytes())
+            ]
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as unfinished:
+                json.dump(found, unfinished)
+            os.replace(unfinished.name, path)
+    return path
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package).split("+")[0]  # a CPU build has the same docstrings
+
+
+def _docstrings(source: bytes) -> Iterable[str]:
+    """The long docstrings of a Python file, dedented; nothing where it does not parse."""
+    if source.count(b'"""') < 2:
+        return
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=False) or ""
+            if len(text) >= SHORTEST:
+                yield inspect.cleandoc(text)
