@@ -174,7 +174,9 @@ class _Replay:
         for layer in range(len(self.calls)):
             state = self.layer(layer, state, ())
         if not torch.allclose(self.logits(state), self.dense, rtol=1e-3, atol=1e-3 * float(self.dense.abs().max())):
-            raise RuntimeError(f"{type(model).__name__} cannot be evaluated layer by layer: its layers share more than their states")
+            raise RuntimeError(
+                f"{type(model).__name__} cannot be evaluated layer by layer: its layers share more than their states"
+            )
 
     def _record(self, _, args: tuple, kwargs: dict) -> None:
         state, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())

@@ -1,5 +1,6 @@
 """What a run is: a model, a size, a text and a seed, checked before anything starts; and where its files go."""
 
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ BUILD = ROOT / "build"
 
 REGISTRY = tomllib.loads((DATA / "profiles.toml").read_text())
 SIZES: dict[str, dict] = REGISTRY["sizes"]
+# The runner names a run's own folder here; a notebook that a person runs writes beside nothing that is committed.
+OUTPUT = "ENTRODROP_OUTPUT"
 DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT = "smollm2-135m-instruct", "default", "docs"
 
 
@@ -47,7 +50,7 @@ class Profile:
     def of(
         cls, model: str = DEFAULT_MODEL, size: str = DEFAULT_SIZE, text: str = DEFAULT_TEXT, seed: int = 0, output: str = ""
     ) -> "Profile":
-        """The run of these names. Without ``output`` its files go under ``build/``, beside nothing that is committed.
+        """The run of these names. Without ``output`` its files go under ``build/interactive``, so nothing committed is overwritten.
 
         Raises:
             ValueError: a size that does not exist, with the list of those that do.
@@ -57,7 +60,7 @@ class Profile:
         chosen = dict(SIZES[size])
         windows = {name: Windows(*chosen.pop(name)) for name in ("calibration", "evaluation", "twin", "attention")}
         fractions = tuple(chosen.pop("fractions"))
-        folder = Path(output) if output else BUILD / "interactive"
+        folder = Path(output or os.environ.get(OUTPUT) or BUILD / "interactive")
         return cls(model, size, text, seed, fractions=fractions, output=folder.resolve(), **windows, **chosen)
 
     @property
@@ -65,16 +68,20 @@ class Profile:
         """``<model>/<size>``, the folder of this run under data/results and figures; a text of one's own is part of its name."""
         return f"{slug(self.model)}/{self.size}" + ("" if self.text == DEFAULT_TEXT else f"-{slug(self.text)}")
 
-    def counts(self, total: int) -> list[int]:
-        """How many of ``total`` sub-blocks are dropped at each of the run's fractions, at least one and not all of them."""
-        return sorted({min(max(1, round(f * total)), total - 1) for f in self.fractions})
+    @staticmethod
+    def count(fraction: float, total: int) -> int:
+        """A fraction of ``total`` sub-blocks as a number: at least one, and no more than the published code leaves unprotected."""
+        return min(max(1, round(fraction * total)), max(1, total - 3))
 
-    def write(self, table: pd.DataFrame, name: str) -> Path:
+    def counts(self, total: int) -> list[int]:
+        """How many of ``total`` sub-blocks are dropped at each of the run's fractions."""
+        return sorted({self.count(fraction, total) for fraction in self.fractions})
+
+    def write(self, table: pd.DataFrame, name: str) -> None:
         """The table as CSV under this run's results; six digits, so that the same numbers are the same bytes."""
         path = self.output / "results" / self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
-        return path
 
 
 def slug(name: str) -> str:

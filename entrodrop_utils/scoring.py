@@ -62,14 +62,14 @@ def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], entropies
         alive: dict[int, Tensor] = {}
 
         def seen(position: int, state: Tensor, sequence=sequence, alive=alive) -> None:
-            x = state[0].detach().float()
+            x = state[0].detach()
+            alive.pop(position - 3, None)
             for name, metric in entropies.items():
                 of_position.append((position, name, sequence, float(metric(x))))
             for start, sub_block in ends.get(position, ()):
                 for name, metric in similarities.items():
                     of_pair.append((sub_block.kind, sub_block.layer, name, sequence, float(metric(alive[start], x))))
             if similarities:
-                alive.pop(position - 3, None)
                 alive[position] = x
 
         with watch(model, seen), torch.inference_mode():
@@ -100,8 +100,8 @@ def score(
 ) -> pd.DataFrame:
     """Every metric of every sub-block on every calibration sequence; the smaller the value, the more redundant.
 
-    For an entropy the value is the increase H(out) - H(in) (arXiv 2504.03794, eq. 3), nats; for a similarity the change of the state.
-    One forward pass a window without logits; states are freed as they are used.
+    For an entropy the value is the increase H(out) - H(in) in nats (arXiv 2504.03794, eq. 3), for a similarity the change of the
+    state. One forward pass a window, without logits; states are freed as they are used.
 
     Returns:
         kind, layer, metric, sequence, value.

@@ -61,7 +61,7 @@ def _sequences(scores: pd.DataFrame, metric: str, kind: Kind) -> pd.DataFrame:
     if chosen.empty:
         have = scores[["metric", "kind"]].drop_duplicates().agg(" of ".join, axis=1)
         raise ValueError(f"the scores do not hold {metric} of {kind}: they hold {', '.join(have)}")
-    return chosen.pivot(index="sequence", columns="layer", values="value")
+    return chosen.pivot_table(index="sequence", columns="layer", values="value")
 
 
 def _block_increases(scores: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -8,24 +8,21 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from datasets import load_dataset
 from filelock import FileLock
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from .profiles import DATA, Windows
 from .progress import progress
 
-Part = Literal["calibration", "search", "evaluation"]
 # Tenths of the documents: which part one belongs to follows from its own hash, so adding text moves nothing.
-SHARES: dict[Part, range] = {"calibration": range(0, 4), "search": range(4, 6), "evaluation": range(6, 10)}
+SHARES = {"calibration": range(0, 4), "search": range(4, 6), "evaluation": range(6, 10)}
 # Long, edited English docstrings: what every machine that runs this suite has installed.
 DOCS_PACKAGES = ("datasets", "matplotlib", "numpy", "pandas", "scipy", "seaborn")
 SHORTEST = 400  # characters; a shorter docstring is a signature with a sentence
@@ -48,14 +45,12 @@ def check(source: str) -> None:
         return
     if path.suffix in (".txt", ".jsonl") or path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(
-            f"unknown text {source!r}: choose docs, {', '.join(HUB)}, an existing .txt file (documents separated by blank lines), an "
-            "existing .jsonl file (one object with a `text` a line), or a hub dataset of the form organisation/name"
+            f"unknown text {source!r}: choose docs, {', '.join(HUB)}, an existing .txt file (documents separated by blank lines), "
+            "an existing .jsonl file (one object with a `text` a line), or a hub dataset of the form organisation/name"
         )
 
 
-def windows(
-    source: str, part: Part, tokenizer: PreTrainedTokenizerBase, size: Windows, seed: int = 0
-) -> Int[Tensor, "sequence token"]:
+def windows(source: str, part: str, tokenizer: Callable, size: Windows, seed: int = 0) -> Int[Tensor, "sequence token"]:
     """``size.sequences`` windows of ``size.tokens`` tokens, no two from one document.
 
     Each window is the beginning of a document, as the tokenizer encodes it (with its beginning-of-sequence token if it has one);
@@ -95,7 +90,7 @@ def digest(ids: Int[Tensor, "sequence token"]) -> str:
 
 
 @lru_cache(maxsize=8)
-def _part(source: str, part: Part) -> tuple[str, ...]:
+def _part(source: str, part: str) -> tuple[str, ...]:
     """The documents of one part, without paragraphs that an earlier document, of any part, already had."""
     check(source)
     seen: set[bytes] = set()
@@ -152,7 +147,12 @@ def _harvested() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            files = sorted((f"{root.name}/{file.relative_to(root).as_posix()}", file) for root in roots for file in root.rglob("*.py") if "tests" not in file.parts)
+            files = sorted(
+                (f"{root.name}/{file.relative_to(root).as_posix()}", file)
+                for root in roots
+                for file in root.rglob("*.py")
+                if "tests" not in file.relative_to(root).parts
+            )
             found = [
                 {"file": name, "text": text}
                 for name, file in progress(files, "reading docstrings")

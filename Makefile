@@ -1,0 +1,59 @@
+# What can be done here: `make help`. Every target sets up what it needs.
+SIZE  ?= default
+MODEL ?= smollm2-135m-instruct
+TEXT  ?= docs
+SEED  ?= 0
+ONLY  ?=
+PY    := .venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce test test-all lint bench lab lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  reproduce takes SIZE=smoke|default|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0"
+
+env: .venv/.current ## set up .venv from the lock file (nothing to do when it is current)
+
+# python3 if it is 3.11 to 3.13, else the newest of these that is installed; PYTHON=... names another
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+.venv/.current: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Install Python 3.11, 3.12 or 3.13 (or name one: make PYTHON=/path/to/python3.12): none was found." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is another version or cannot be run." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Install Python's venv module (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --progress-bar off -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+reproduce: env ## run every notebook and put what it makes into place
+	@$(PY) -m entrodrop_utils.notebooks --model "$(MODEL)" --size "$(SIZE)" --text "$(TEXT)" --seed "$(SEED)" --only "$(ONLY)"
+
+test: env ## the tests, without the slow ones
+	$(PY) -m pytest -m "not slow"
+
+test-all: env ## all tests
+	$(PY) -m pytest
+
+lint: env ## style of code and notebooks, and whether the committed notebooks read well
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m entrodrop_utils.notebooks --check
+
+bench: env ## speed of the estimators as ratios measured side by side
+	$(PY) tests/bench.py
+
+lab: env ## open JupyterLab on the notebooks
+	$(PY) -m jupyterlab notebooks
+
+lock: ## resolve pyproject.toml anew into requirements.lock
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --progress-bar off "torch==2.13.0" ".[dev]"
+	build/lock/bin/python -m pip freeze --all --exclude entrodrop-utils --exclude pip | sed 's/+cpu//' > requirements.lock
+
+clean: ## remove what can be made again, models and harvested text included
+	rm -rf build data/models data/text .pytest_cache .ruff_cache

@@ -1,0 +1,78 @@
+"""One look for every figure, and one way to write it: PNG, SVG and the same picture, captioned, in the notebook."""
+
+import io
+import string
+from collections.abc import Iterable
+
+import matplotlib
+from IPython.display import Image, Markdown, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .profiles import Profile
+
+# Okabe and Ito's colour-blind-safe palette; every series also has its own dash or marker, so it survives black-and-white print.
+COLOURS = {
+    "bucket": "#0072B2",
+    "knn": "#D55E00",
+    "renyi": "#CC79A7",
+    "gaussian": "#009E73",
+    "matrix": "#E69F00",
+    "cosine": "#000000",
+    "norm_ratio": "#56B4E9",
+    "angular": "#777777",
+    "random": "#AAAAAA",
+    "deepest first": "#8C6D1F",
+}
+MARKERS = dict(zip(COLOURS, "os^Dv*PX.d", strict=True))
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "entrodrop",  # the same figure is the same file
+}
+WIDTH = 7.0  # inches: two columns of a paper
+
+
+def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A figure of lettered panels, flat in reading order; the last ``empty`` ones are left blank, for a legend."""
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(WIDTH, height * rows))  # not pyplot's: those are shown at the end of the cell, without caption
+    flat = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    for axis in flat[len(flat) - empty :]:
+        axis.axis("off")
+    if len(flat) > 1:
+        for letter, axis in zip(string.ascii_lowercase, flat[: len(flat) - empty], strict=False):
+            axis.text(-0.02, 1.04, f"({letter})", transform=axis.transAxes, ha="right", va="bottom", fontsize=9, fontweight="bold")
+    return figure, flat
+
+
+def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-") -> None:
+    """A mean with its interval: ``table`` has the columns mean, low and high."""
+    axis.plot(x, table["mean"], dash, color=colour, label=label)
+    axis.fill_between(x, table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def show(figure: Figure, profile: Profile, name: str, caption: str) -> None:
+    """Write ``name``.png and .svg under the run's figures and show the same picture with its caption, which is its alt text too."""
+    folder = profile.output / "figures" / profile.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    (folder / f"{name}.png").write_bytes(png.getvalue())
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    display(Image(png.getvalue(), width=int(figure.get_figwidth() * STYLE["figure.dpi"]), alt=caption), Markdown(f"*{caption}*"))

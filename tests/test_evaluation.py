@@ -1,0 +1,74 @@
+"""Losses and divergences against transformers' own loss and a plain loop; the tree of sets against one set at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from entrodrop_utils import evaluation
+from entrodrop_utils.dropping import dropped
+from entrodrop_utils.sub_blocks import SubBlock
+
+
+def test_loss_is_that_of_transformers(model, windows):
+    found = evaluation.perplexity(model, windows)
+    with torch.no_grad():
+        own = [float(model(w[None], labels=w[None]).loss) for w in windows]
+    assert found.per_window == pytest.approx(own, rel=1e-5)
+    assert found.mean == pytest.approx(np.mean(own), rel=1e-5)
+    assert found.stderr == pytest.approx(np.std(own, ddof=1) / math.sqrt(len(own)), rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(own)), rel=1e-4)
+
+
+def test_divergence_is_a_sum_over_the_vocabulary(model, windows):
+    with torch.no_grad():
+        p = model(windows).logits.double().softmax(-1)
+        with dropped(model, [SubBlock(2, "attention")]) as smaller:
+            q = smaller(windows).logits.double().softmax(-1)
+    plain = (p * (p / q).log()).sum(-1)[:, :-1].mean(1)
+    sets = evaluation.sweep(model, windows, [[SubBlock(2, "attention")]])
+    assert sets.kl.to_numpy() == pytest.approx(plain.numpy(), rel=1e-3, abs=1e-5)
+
+
+def test_divergence_between_two_models(model, windows):
+    assert evaluation.divergence(model, model, windows).mean == pytest.approx(0, abs=1e-6)
+
+
+def test_the_tree_gives_what_single_evaluations_give(model, windows):
+    a, m, b = (lambda i: SubBlock(i, "attention")), (lambda i: SubBlock(i, "mlp")), (lambda i: SubBlock(i, "block"))
+    sets = [(), (a(0),), (a(3), a(1)), (a(1), a(3), m(3)), (m(5),), (b(0), b(4)), (b(2), a(4), m(0)), tuple(map(a, range(5)))]
+    found = evaluation.sweep(model, windows, [*sets, sets[2], sets[2][::-1]])
+    assert len(found) == len(sets) * len(windows)
+    for one in sets:
+        rows = found[[s == tuple(sorted(one)) for s in found.set]].sort_values("window")
+        with dropped(model, one) as smaller:
+            alone = evaluation.perplexity(smaller, windows)
+        assert rows.nll.to_numpy() == pytest.approx(alone.per_window, rel=1e-5)
+
+
+def test_shared_layers_are_run_once(model, windows):
+    """Sets that differ in the last layer only: five dense layers are run once, not once a set."""
+    calls = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    evaluation.sweep(model, windows[:1], [[SubBlock(5, "attention")], [SubBlock(5, "mlp")], [SubBlock(5, "block")]])
+    handle.remove()
+    # the recorded pass, the replay that checks it, its logits, the walk, and the logits of three sets (layers bypassed)
+    assert len(calls) == 3 + 1 + 3
+
+
+def test_the_model_is_left_as_it_was(model, windows):
+    before = model(windows).logits
+    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match="does not exist"):
+        evaluation.sweep(model, windows, [[SubBlock(9, "mlp")]])
+    evaluation.sweep(model, windows, [[SubBlock(1, "mlp")]])
+    assert torch.equal(model(windows).logits, before)
+    assert {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()} == hooks
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 1, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long)])
+def test_too_short_windows_are_refused(model, bad):
+    with pytest.raises(ValueError, match="at least two tokens"):
+        evaluation.perplexity(model, bad)

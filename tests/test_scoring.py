@@ -1,0 +1,86 @@
+"""Scores against the states taken one by one, bootstrap intervals against a plain loop."""
+
+import weakref
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from entrodrop_utils import entropy, residual, scoring, similarity
+from entrodrop_utils.sub_blocks import KINDS
+
+
+def test_scores_are_those_of_the_states(model, windows):
+    scores = scoring.score(model, windows, {"knn": partial(entropy.knn, k=3), "cosine": similarity.cosine})
+    assert list(scores.columns) == ["kind", "layer", "metric", "sequence", "value"]
+    assert len(scores) == 3 * 6 * 2 * len(windows)
+    for row in scores.itertuples():
+        first, last = {"attention": (0, 1), "mlp": (1, 2), "block": (0, 2)}[row.kind]
+        states = residual.states(model, windows[row.sequence][None])[:, 0]
+        x, y = states[2 * row.layer + first], states[2 * row.layer + last]
+        want = entropy.knn(y, 3) - entropy.knn(x, 3) if row.metric == "knn" else similarity.cosine(x, y)
+        assert row.value == pytest.approx(float(want), rel=1e-6, abs=1e-9)
+
+
+def test_increases_of_a_layer_add_up(model, windows):
+    scores = scoring.score(model, windows, ("bucket",)).pivot_table(index=["layer", "sequence"], columns="kind", values="value")
+    assert np.allclose(scores.attention + scores.mlp, scores.block)
+
+
+def test_without_the_first_token(model, windows):
+    both = scoring.score(model, windows, {"all": entropy.bucket, "rest": scoring.without_first(entropy.bucket)}, ["block"])
+    states = residual.states(model, windows[:1])[:, 0, 1:]
+    want = entropy.bucket(states[2]) - entropy.bucket(states[0])
+    got = both[(both.metric == "rest") & (both.layer == 0) & (both.sequence == 0)].value.item()
+    assert got == pytest.approx(float(want))
+    assert got != pytest.approx(both[(both.metric == "all") & (both.layer == 0) & (both.sequence == 0)].value.item())
+
+
+def test_a_similarity_without_the_first_token_is_no_entropy():
+    assert not scoring.is_entropy(scoring.without_first(similarity.cosine))
+    assert scoring.is_entropy(scoring.without_first(partial(entropy.knn, k=3)))
+
+
+def test_same_numbers_every_time(model, windows):
+    pd.testing.assert_frame_equal(
+        scoring.score(model, windows, ("bucket", "cosine")), scoring.score(model, windows, ("bucket", "cosine"))
+    )
+
+
+def test_entropies_at_every_position(model, windows):
+    found = scoring.entropies(model, windows, ("bucket",))
+    assert sorted(found.position.unique()) == list(range(13))
+    with pytest.raises(ValueError, match="cosine compares two states"):
+        scoring.entropies(model, windows, ("cosine",))
+
+
+def test_unknown_names_are_refused_with_the_list(model, windows):
+    with pytest.raises(ValueError, match=r"unknown metric 'entropi': choose from bucket, knn"):
+        scoring.score(model, windows, ("entropi",))
+
+
+def test_memory_does_not_grow_with_the_windows(model):
+    """At any time only the states of one window are alive, no more than a sub-block needs."""
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def spy(x, y):
+        nonlocal most
+        alive.extend((weakref.ref(x), weakref.ref(y)))
+        most = max(most, len({id(r()) for r in alive if r() is not None}))
+        return similarity.cosine(x, y)
+
+    scoring.score(model, torch.randint(0, 101, (8, 16)), {"spy": spy}, KINDS)
+    assert most <= 3
+
+
+def test_bootstrap_interval_against_a_plain_loop():
+    values = np.random.default_rng(1).normal(3, 2, size=40)
+    table = pd.DataFrame({"sequence": range(40), "value": values, "layer": 0})
+    found = scoring.interval(table, ["layer"]).iloc[0]
+    generator = np.random.default_rng(7)
+    means = [generator.choice(values, 40).mean() for _ in range(4000)]
+    assert found["mean"] == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.12)

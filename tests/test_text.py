@@ -1,0 +1,109 @@
+"""Windows of text: reproducible, disjoint, and refused in one sentence where they cannot be had."""
+
+import inspect
+import json
+import re
+
+import pytest
+
+from entrodrop_utils import text
+from entrodrop_utils.profiles import Windows
+
+WORDS = ["river", "stone", "lantern", "orchard", "winter", "copper", "meadow", "harbour", "thunder", "velvet", "compass", "granite"]
+
+
+class Letters:
+    """A tokenizer of one token a word, enough for cutting windows."""
+
+    def __call__(self, string):
+        self.input_ids = [hash_free(word) for word in string.split()]
+        return self
+
+
+def hash_free(word: str) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(word)) % 50_021
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Sixty documents of forty words, every third paragraph a repeated notice."""
+    documents = []
+    for i in range(60):
+        body = " ".join(f"{WORDS[(i * 7 + j * j) % 12]}{i}x{j}" for j in range(40))
+        documents.append(body if i % 3 else f"{body}\n\nAll rights reserved by the harbour office of the town.")
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    return str(path)
+
+
+def grams(ids, n=13):
+    return {tuple(w[i : i + n].tolist()) for w in ids for i in range(len(w) - n + 1)}
+
+
+def test_parts_share_nothing(corpus):
+    found = {part: text.windows(corpus, part, Letters(), Windows(4, 30)) for part in text.SHARES}
+    for one in found:
+        for other in found:
+            if one < other:
+                assert not grams(found[one]) & grams(found[other])
+
+
+def test_a_repeated_paragraph_is_kept_once(corpus):
+    everything = "\n".join(d for part in text.SHARES for d in text._part(corpus, part))
+    assert everything.count("All rights reserved") == 1
+
+
+def test_same_seed_same_windows(corpus):
+    one, two, other = (text.windows(corpus, "calibration", Letters(), Windows(3, 20), seed) for seed in (0, 0, 1))
+    assert one.equal(two)
+    assert not one.equal(other)
+    assert text.digest(one) == text.digest(two) != text.digest(other)
+
+
+def test_plain_text_is_split_at_blank_lines(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("\n\n".join(" ".join(f"{WORDS[j % 12]}{i}.{j}" for j in range(25)) for i in range(40)))
+    assert text.windows(str(path), "evaluation", Letters(), Windows(2, 25)).shape == (2, 25)
+
+
+def test_short_documents_go_on_with_the_next(corpus):
+    assert text.windows(corpus, "calibration", Letters(), Windows(3, 100)).shape == (3, 100)
+
+
+def test_too_little_text_says_how_much_there_is(corpus):
+    with pytest.raises(ValueError, match=r"gives \d+ windows of 30 tokens, 500 are needed"):
+        text.windows(corpus, "calibration", Letters(), Windows(500, 30))
+
+
+@pytest.mark.parametrize("name", ["no-such-file.txt", "missing.jsonl", "prose", "./folder"])
+def test_an_unknown_text_is_refused_with_what_exists(name):
+    with pytest.raises(ValueError, match=re.escape(f"unknown text {name!r}: choose docs, c4, wikitext")):
+        text.check(name)
+
+
+def test_an_unknown_part_is_refused(corpus):
+    with pytest.raises(ValueError, match="unknown part 'test': choose one of calibration, search, evaluation"):
+        text.windows(corpus, "test", Letters(), Windows(1, 10))
+
+
+def test_a_file_without_text_says_which_columns_it_has(tmp_path):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(json.dumps({"body": "words"}))
+    with pytest.raises(ValueError, match="no column `text`, only body"):
+        text.windows(str(path), "calibration", Letters(), Windows(1, 10))
+
+
+def test_docstrings_are_those_of_the_running_interpreter():
+    source = b'def f():\n    """' + b"word " * 100 + b'\n    last line"""\n\nclass C:\n    """short"""\n'
+    found = list(text._docstrings(source))
+    space: dict = {}
+    exec(source, space)
+    assert found == [inspect.cleandoc(space["f"].__doc__)]
+
+
+@pytest.mark.slow
+def test_docs_are_on_every_machine():
+    parts = {part: text._part("docs", part) for part in text.SHARES}
+    assert all(len(documents) > 500 for documents in parts.values())
+    paragraphs = [set(p for d in documents for p in d.split("\n\n")) for documents in parts.values()]
+    assert not paragraphs[0] & paragraphs[1] | paragraphs[1] & paragraphs[2] | paragraphs[0] & paragraphs[2]
