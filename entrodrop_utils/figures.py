@@ -8,6 +8,7 @@ import matplotlib
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .profiles import Profile
 
@@ -65,6 +66,14 @@ def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-
     """A mean with its interval: ``table`` has the columns mean, low and high."""
     axis.plot(x, table["mean"], dash, color=colour, label=label)
     axis.fill_between(x, table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def log_scale(axis: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def show(figure: Figure, profile: Profile, name: str, caption: str) -> None:
