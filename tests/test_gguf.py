@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from entrodrop_utils import downloads, models, sources
 
 TEXTS = [
-    "The river, at 3.5 km,  is 12 345 m long.\n\n\tIt's (almost) \"dry\" in summer…",
+    'The river, at 3.5 km,  is 12 345 m long.\n\n\tIt\'s (almost) "dry" in summer…',
     "def mean(x: list[float]) -> float:\n    # average\n    return sum(x) / len(x)  if x else 0.0\n",
     "Съешь же ещё этих мягких французских булок, да выпей чаю.",
     "我能吞下玻璃而不伤身体。私はガラスを食べられます。",
@@ -39,7 +39,9 @@ def test_a_gguf_file_gives_exactly_its_dequantised_weights(family, folder, tmp_p
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         # 1 is added to gemma's norms in the file and taken off again, each in float32
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-7 if family == "gemma3" and "norm" in name else 0, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], value, rtol=0, atol=2e-7 if family == "gemma3" and "norm" in name else 0, err_msg=name
+        )
     assert model.lm_head.weight is model.get_input_embeddings().weight
     config = model.config
     assert (config.num_hidden_layers, config.hidden_size, config.num_key_value_heads) == (tiny_gguf.LAYERS, 64, 2)
@@ -81,6 +83,24 @@ def test_text_is_split_before_digits_as_the_file_says(split, tokens, folder, tmp
     assert again.tokenize("a  12") == tokens
 
 
+def test_the_rope_scaling_of_llama_3_is_kept(folder, tmp_path):
+    """transformers drops it, and at short contexts nobody would notice."""
+    tiny_gguf.write(tmp_path / "tiny.gguf", rope_factor=8.0)
+    model, _ = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    assert model.config.rope_parameters["rope_type"] == "llama3" and model.config.rope_parameters["factor"] == 8
+    unscaled = 10_000.0 ** -(np.arange(0, 16, 2) / 16)
+    divisors = unscaled / model.model.rotary_emb.inv_freq.numpy()
+    np.testing.assert_allclose(divisors, tiny_gguf.rope_divisors(8.0, 16), rtol=1e-5)
+    assert divisors[0] == pytest.approx(1) and divisors[-1] == pytest.approx(8) and 1.01 < sorted(divisors)[-2] < 7.99
+
+
+def test_another_rope_scaling_is_refused_and_not_ignored(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_gguf, "rope_divisors", lambda factor, width: np.linspace(1, factor, width // 2, dtype=np.float32))
+    tiny_gguf.write(tmp_path / "tiny.gguf", rope_factor=8.0)
+    with pytest.raises(models.ModelUnavailable, match="its rope scaling is not that of Llama 3"):
+        models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+
+
 def test_a_changed_file_is_converted_again(folder, tmp_path):
     tiny_gguf.write(tmp_path / "tiny.gguf", seed=0)
     first, _ = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
@@ -102,7 +122,9 @@ def test_a_cut_file_is_refused(kept, folder, tmp_path):
 
 def test_a_file_that_lacks_a_tensor_is_refused(folder, tmp_path, monkeypatch):
     whole = tiny_gguf.weights
-    monkeypatch.setattr(tiny_gguf, "weights", lambda *a: {n: w for n, w in whole(*a).items() if n != "model.layers.1.mlp.up_proj.weight"})
+    monkeypatch.setattr(
+        tiny_gguf, "weights", lambda *a: {n: w for n, w in whole(*a).items() if n != "model.layers.1.mlp.up_proj.weight"}
+    )
     tiny_gguf.write(tmp_path / "tiny.gguf")
     with pytest.raises(models.ModelUnavailable, match="1 of its weights are missing"):
         models.load(str(tmp_path / "tiny.gguf"), device="cpu")
@@ -158,5 +180,7 @@ def test_registered_decoders_know_english(name, most):
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.inference_mode():
         assert model(ids, labels=ids).loss < most < np.log(len(tokenizer))
-        told = model.generate(tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=30, do_sample=False)
+        told = model.generate(
+            tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=30, do_sample=False
+        )
     assert "Paris" in tokenizer.decode(told[0]) or "France" in tokenizer.decode(told[0, 6:])

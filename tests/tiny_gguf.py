@@ -67,7 +67,19 @@ def gguf_name(name: str, family: str) -> str:
     return name
 
 
-def write(path: Path, family: str = "llama", split: str = "smollm", seed: int = 0) -> dict[str, np.ndarray]:
+def rope_divisors(factor: float, width: int) -> np.ndarray:
+    """What Llama 3.1 divides its rotary frequencies by.
+
+    1 for waves that fit four times into 8192 tokens, the factor for those longer than 8192 tokens, between them what mixes both.
+    """
+    waves = 8192 / (2 * np.pi * 10_000.0 ** (np.arange(0, width, 2) / width))
+    share = np.clip((waves - 1) / (4 - 1), 0, 1)
+    return (1 / ((1 - share) / factor + share)).astype(np.float32)
+
+
+def write(
+    path: Path, family: str = "llama", split: str = "smollm", seed: int = 0, rope_factor: float = 1.0
+) -> dict[str, np.ndarray]:
     """Write the file; the weights that it holds, dequantised, under transformers' names and in its layout."""
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(LAYERS)
@@ -91,6 +103,8 @@ def write(path: Path, family: str = "llama", split: str = "smollm", seed: int = 
     writer.add_token_merges(MERGES)
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id, writer.add_unk_token_id):
         add(len(tokens) - 1)
+    if rope_factor != 1:
+        writer.add_tensor("rope_freqs.weight", rope_divisors(rope_factor, HEAD_DIM[family]))
     kinds = gguf.GGMLQuantizationType
     expected = {}
     for number, (name, value) in enumerate(weights(family, seed).items()):
