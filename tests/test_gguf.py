@@ -173,13 +173,14 @@ def test_tokenizers_of_registered_files_give_the_text_back(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [(REAL[0], 2.6), (REAL[1], 2.4)])
-def test_registered_decoders_know_english(name, most):
+@pytest.mark.parametrize("name", REAL)
+def test_registered_decoders_know_english(name):
+    """A layer put together wrongly costs nats per token; guessing would cost ln of the vocabulary, more than 10."""
     model, tokenizer = models.load(name, device="cpu")
     text = "Paris is the capital of France. It lies on the river Seine, and about two million people live there."
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.inference_mode():
-        assert model(ids, labels=ids).loss < most < np.log(len(tokenizer))
+        assert model(ids, labels=ids).loss < 3
         told = model.generate(
             tokenizer("The capital of France is", return_tensors="pt").input_ids, max_new_tokens=30, do_sample=False
         )
