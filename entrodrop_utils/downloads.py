@@ -26,6 +26,10 @@ NETWORK = ("onnection broken", "NewConnectionError", "timed out")
 ADVICE = {
     DISK: "there is no room for it on the disk: free some and try again",
     NETWORK: "the package index cannot be reached: connect to the network and try again",
+    (
+        "CERTIFICATE_VERIFY",
+        "ssl certificate",
+    ): "the certificate of the package index is not trusted here: name its authority (PIP_CERT)",
     ("No matching distribution",): "the package index that pip is configured for does not have it: name another index "
     "(PIP_INDEX_URL), or a folder or .gguf file that holds the model",
     ("HTTP error", "Client Error", "Server Error"): "the package index lists it but does not give it out: try again later, or name "

