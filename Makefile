@@ -7,9 +7,11 @@ ONLY  ?=
 PY    := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait for each other sleep: spinning costs a little less on an idle machine and a great deal more on a busy one
+export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test test-all lint bench lab lock clean
+.PHONY: help env reproduce models fetch test test-all lint bench lab lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +34,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 reproduce: env ## run every notebook and put what it makes into place
 	@$(PY) -m entrodrop_utils.notebooks --model "$(MODEL)" --size "$(SIZE)" --text "$(TEXT)" --seed "$(SEED)" --only "$(ONLY)"
+
+models: env ## the models known by a short name, and which are on this machine
+	@$(PY) -m entrodrop_utils.models list
+
+fetch: env ## bring MODEL=... here and check its hashes
+	@$(PY) -m entrodrop_utils.models fetch "$(MODEL)"
 
 test: env ## the tests, without the slow ones
 	$(PY) -m pytest -m "not slow"
