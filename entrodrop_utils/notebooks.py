@@ -18,7 +18,7 @@ import papermill
 from . import models, text
 from .profiles import BUILD, DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, FIGURES, NOTEBOOKS, OUTPUT, RESULTS, ROOT, Profile
 from .progress import HEADLESS
-from .rendered import available, cleaned, index, problems
+from .rendered import available, cleaned, index, problems, write
 
 
 def chosen(only: str) -> list[Path]:
@@ -112,7 +112,7 @@ def reproduce(model: str, size: str, corpus: str, seed: int, only: str) -> int:
                 result = execute(notebook, parameters, stage)
             if wrong := problems(result):
                 raise RuntimeError(f"the rendered notebook is not fit to be read: {'; '.join(wrong)}")
-            nbformat.write(result, stage / notebook.name)
+            write(result, stage / notebook.name)
             where = ", ".join(map(str, place(profile, stage / notebook.name)))
             shutil.rmtree(stage)
             table.append((notebook.stem, "done", time.monotonic() - start, where))

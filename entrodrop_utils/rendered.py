@@ -1,13 +1,19 @@
 """Notebooks as they are read: without what changes from run to run, checked, and listed in the README."""
 
+import ast
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
-from .profiles import NOTEBOOKS, ROOT
+from .profiles import DEFAULT_MODEL, DEFAULT_SIZE, NOTEBOOKS, RESULTS, ROOT
 
 FINDING = "> **Finding:** "  # the line of a notebook's first cell that its last run fills in
+NAVIGATION = "navigation"  # the id of the last cell, which leads to the notebooks before and after
+LONGEST_CELL = 20  # lines
 MOST_BYTES = 1_000_000  # GitHub does not render more
 MACHINE_PATH = re.compile(r"(?<![\w.:/<])/(home|Users|root|tmp|usr|opt|var|work)/|\b[A-Z]:\\\\")
 
@@ -42,42 +48,89 @@ def finding(notebook: nbformat.NotebookNode) -> str:
 def problems(notebook: nbformat.NotebookNode) -> list[str]:
     """What a reader of a committed notebook would stumble over, a sentence each."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    found = []
+    found = [f"its text links to {link}, which does not exist" for link in _dead_links(notebook)]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("its cells were not run once, in order")
-    if not any("parameters" in cell.metadata.get("tags", []) for cell in code):
-        found.append("it has no cell tagged parameters")
+    parameters = [number for number, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", [])]
+    if parameters != [1] or not _literals(code[1].source):
+        found.append("its second code cell, after the imports, is not the one tagged parameters, or holds more than literals")
     if "widgets" in notebook.metadata:
         found.append("it holds widget state")
     if not finding(notebook):
         found.append("it computes no finding")
-    raw = nbformat.writes(notebook)
-    if len(raw.encode()) > MOST_BYTES:
+    if len(nbformat.writes(notebook).encode()) > MOST_BYTES:
         found.append(f"it is larger than {MOST_BYTES / 1e6:.0f} MB")
-    for number, cell in enumerate(code, 1):
-        if len(cell.source.splitlines()) > 20:
-            found.append(f"cell {number} is longer than 20 lines")
-        for out in cell.outputs:
-            if out.output_type == "error" or out.get("name") == "stderr":
-                found.append(f"cell {number} shows an error or a warning")
-            if "application/vnd.jupyter.widget-view+json" in out.get("data", {}):
-                found.append(f"cell {number} shows a widget, which is dead when it is read")
-            if "image/png" in out.get("data", {}) and not out.metadata.get("image/png", {}).get("alt"):
-                found.append(f"cell {number} has a figure without alt text")
-        if MACHINE_PATH.search(str(cell.outputs)):
-            found.append(f"cell {number} shows a path of the machine it ran on")
-    return found
+    return found + [f"cell {number} {says}" for number, cell in enumerate(code, 1) for says in _cell_problems(cell)]
+
+
+def _cell_problems(cell: nbformat.NotebookNode) -> Iterator[str]:
+    """What is wrong with one code cell and what it shows."""
+    if len(cell.source.splitlines()) > LONGEST_CELL:
+        yield f"is longer than {LONGEST_CELL} lines"
+    if MACHINE_PATH.search(str(cell.outputs)):
+        yield "shows a path of the machine it ran on"
+    for number, out in enumerate(cell.outputs):
+        if out.output_type == "error" or out.get("name") == "stderr":
+            yield "shows an error or a warning"
+        if "application/vnd.jupyter.widget-view+json" in out.get("data", {}):
+            yield "shows a widget, which is dead when it is read"
+        if "image/png" in out.get("data", {}):
+            if not out.metadata.get("image/png", {}).get("alt"):
+                yield "has a figure without alt text"
+            if not any("text/markdown" in later.get("data", {}) for later in cell.outputs[number + 1 :]):
+                yield "has a figure without caption"
+
+
+def _literals(source: str) -> bool:
+    """Whether a cell assigns literals and does nothing else."""
+    try:
+        return all(ast.literal_eval(statement.value) is not Ellipsis for statement in ast.parse(source).body)
+    except (AttributeError, ValueError, SyntaxError):
+        return False
+
+
+def _dead_links(notebook: nbformat.NotebookNode) -> list[str]:
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return [link for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text) if not (NOTEBOOKS / link).exists()]
 
 
 def index() -> None:
-    """Bring the README's table of notebooks up to date with their titles and findings."""
-    rows = ["| notebook | what it found |", "|---|---|"]
-    for path in available():
-        notebook = nbformat.read(path, as_version=4)
-        title = notebook.cells[0].source.split("\n")[0].lstrip("# ")
-        rows.append(f"| [{title}](notebooks/{path.name}) | {finding(notebook)} |")
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- notebooks -->")
-    after = rest.partition("<!-- /notebooks -->")[2]
-    table = "\n".join(rows)
-    readme.write_text(f"{before}<!-- notebooks -->\n{table}\n<!-- /notebooks -->{after}", encoding="utf-8")
+    """Bring up to date what depends on all notebooks: the README's tables and the way from each notebook to the next."""
+    books = {path: nbformat.read(path, as_version=4) for path in available()}
+    links = {path: f"[{book.cells[0].source.splitlines()[0].lstrip('# ')}]" for path, book in books.items()}
+    order = list(books)
+    for number, path in enumerate(order):
+        back = [f"← {links[p]}({p.name})" for p in order[max(0, number - 1) : number]]
+        on = [f"{links[p]}({p.name}) →" for p in order[number + 1 : number + 2]]
+        way = nbformat.v4.new_markdown_cell(" · ".join([*back, "[index](../README.md)", *on]), id=NAVIGATION)
+        books[path].cells = [cell for cell in books[path].cells if cell.id != NAVIGATION] + [way]
+        write(books[path], path)
+    claims = [pd.read_csv(file) for file in sorted((RESULTS / DEFAULT_MODEL / DEFAULT_SIZE).glob("*_claims.csv"))]
+    ledger = (
+        [
+            f"| {row.claim} | {row.source} | {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}] | {row.verdict} |"
+            for row in pd.concat(claims).itertuples()
+        ]
+        if claims
+        else []
+    )
+    head = ["| claim | in the paper | measured, 95% interval | verdict |", "|---|---|---|---|"]
+    replace_between(ROOT / "README.md", "claims", "\n".join([*head, *ledger]))
+    rows = [f"| {links[path]}(notebooks/{path.name}) | {finding(book)} |" for path, book in books.items()]
+    replace_between(ROOT / "README.md", "notebooks", "\n".join(["| notebook | what it found |", "|---|---|", *rows]))
+
+
+def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook in one step, and only where that changes it."""
+    text = nbformat.writes(notebook) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def replace_between(page: Path, name: str, new: str) -> None:
+    """Replace what a page holds between the comments ``<!-- name -->`` and ``<!-- /name -->``."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    after = rest.partition(f"<!-- /{name} -->")[2]
+    page.write_text(f"{before}<!-- {name} -->\n{new}\n<!-- /{name} -->{after}", encoding="utf-8")

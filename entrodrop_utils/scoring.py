@@ -142,6 +142,11 @@ def interval(table: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame({"mean": wide.mean(), "low": low, "high": high}).reset_index()
 
 
+def verdict(low: float, high: float, goal: float = 0.0) -> str:
+    """Whether a claim that something exceeds the goal holds, given the 95% interval of that something."""
+    return "holds" if low > goal else "does not hold" if high <= goal else "inconclusive"
+
+
 def depth(model: nn.Module) -> int:
     """The number of decoder layers."""
     return len(layers(model))

@@ -11,9 +11,9 @@ from entrodrop_utils.profiles import ROOT
 from entrodrop_utils.sub_blocks import SubBlock
 
 TEXT = (
-    "The harbour lies on the eastern side of the island, where two rivers meet the sea. In the eighteenth century it was the busiest "
-    "port of the province, and most of its houses date from that time. A lighthouse was built on the northern pier after a winter "
-    "storm had sunk nine ships within sight of the town, and it has been kept by the same family ever since."
+    "The harbour lies on the eastern side of the island, where two rivers meet the sea. In the eighteenth century it was the "
+    "busiest port of the province, and most of its houses date from that time. A lighthouse was built on the northern pier after "
+    "a winter storm had sunk nine ships within sight of the town, and it has been kept by the same family ever since."
 )
 
 

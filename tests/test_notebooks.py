@@ -25,6 +25,7 @@ def notebook(*extra: str) -> nbformat.NotebookNode:
     v4 = nbformat.v4
     cells = [
         v4.new_markdown_cell("# 99 · A small one\n\nA claim.\n\n> **Finding:** "),
+        v4.new_code_cell("import math"),
         v4.new_code_cell('size = "default"\nseed = 0', metadata={"tags": ["parameters"]}),
         v4.new_code_cell(SMALL.strip()),
         *[v4.new_code_cell(source) for source in extra],
@@ -46,7 +47,9 @@ def project(tmp_path, monkeypatch):
                 folder = {"ROOT": tmp_path, "RESULTS": tmp_path / "data" / "results"}.get(name, tmp_path / name.lower())
                 folder.mkdir(parents=True, exist_ok=True)
                 monkeypatch.setattr(module, name, folder)
-    (tmp_path / "README.md").write_text("before\n<!-- notebooks -->\nold\n<!-- /notebooks -->\nafter\n")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- notebooks -->\nold\n<!-- /notebooks -->\n<!-- claims -->\n<!-- /claims -->\nafter\n"
+    )
     nbformat.write(notebook(), tmp_path / "notebooks" / "99_small.ipynb")
     return tmp_path
 
@@ -122,14 +125,17 @@ def test_only_by_number_or_name(project):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda nb: nb.cells[2].update(execution_count=9), "in order"),
-        (lambda nb: nb.cells[1].metadata.pop("tags"), "parameters"),
+        (lambda nb: nb.cells[3].update(execution_count=9), "in order"),
+        (lambda nb: nb.cells[2].metadata.pop("tags"), "parameters"),
+        (lambda nb: nb.cells[2].update(source="size = str(1)"), "literals"),
+        (lambda nb: nb.cells[0].update(source="see [this](no-such-notebook.ipynb)"), "links to no-such-notebook.ipynb"),
         (lambda nb: nb.metadata.update(widgets={}), "widget state"),
-        (lambda nb: nb.cells[3].outputs.clear(), "no finding"),
-        (lambda nb: nb.cells[2].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="w")), "a warning"),
-        (lambda nb: nb.cells[2].outputs.append(nbformat.v4.new_output("stream", text="in /home/me/x")), "path of the machine"),
-        (lambda nb: nb.cells[2].outputs.append(nbformat.v4.new_output("display_data", {"image/png": "x"})), "alt text"),
-        (lambda nb: nb.cells[2].update(source="x = 1\n" * 30), "longer than 20 lines"),
+        (lambda nb: nb.cells[4].outputs.clear(), "no finding"),
+        (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="w")), "a warning"),
+        (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("stream", text="in /home/me/x")), "path of the machine"),
+        (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("display_data", {"image/png": "x"})), "alt text"),
+        (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("display_data", {"image/png": "x"})), "without caption"),
+        (lambda nb: nb.cells[3].update(source="x = 1\n" * 30), "longer than 20 lines"),
     ],
 )
 def test_each_problem_of_a_rendered_notebook_is_found(project, change, says):
