@@ -25,7 +25,7 @@ def output_state(output: Tensor | tuple) -> Tensor:
 
 @contextmanager
 def observe(
-    blocks: Sequence[nn.Module], where: Layout, seen: Callable[[int, Float[Tensor, "batch token dim"]], None]
+    blocks: nn.ModuleList, where: Layout, seen: Callable[[int, Float[Tensor, "batch token dim"]], None]
 ) -> Iterator[None]:
     """While open, every forward pass calls ``seen(position, state)`` for the 2 L + 1 positions, in order.
 
@@ -72,7 +72,7 @@ def _replaced(layer: nn.Module, branch: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _forced(blocks: Sequence[nn.Module], inputs: Sequence[Tensor], outputs: list[Tensor], last: Tensor) -> Iterator[None]:
+def _forced(blocks: nn.ModuleList, inputs: Sequence[Tensor], outputs: list[Tensor], last: Tensor) -> Iterator[None]:
     """While open, layers get these inputs whatever came before, what they return is noted, and the last one hands on ``last``."""
     with ExitStack() as stack:
         for i, layer in enumerate(blocks):
@@ -107,7 +107,7 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 @torch.no_grad()
-def objection(model: nn.Module, blocks: Sequence[nn.Module], where: Layout) -> str | None:
+def objection(model: nn.Module, blocks: nn.ModuleList, where: Layout) -> str | None:
     """What contradicts a layout on this model; None where its states add up and dropping does what it says.
 
     Three passes over eight tokens. A layer without its MLP must return the state that was found between the branches, and one

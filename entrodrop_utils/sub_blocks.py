@@ -104,7 +104,7 @@ def _resolve(model: nn.Module) -> Layout:
     objections = {}
     for key, where in candidates.items():
         try:
-            against = objection(model, list(blocks), where)
+            against = objection(model, blocks, where)
         except Exception as error:  # a wrong layout can break a forward pass in any way
             against = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if against is None:
