@@ -210,7 +210,7 @@ def save(model: PreTrainedModel, path: str | Path, tokenizer=None, card: Card | 
         model.save_pretrained(making)
         if tokenizer is not None:
             tokenizer.save_pretrained(making)
-        (making / "README.md").write_text(model_card.render(model, card), encoding="utf-8")
+        (making / "README.md").write_text(model_card.render(model, card, tokenizer is not None), encoding="utf-8")
         making.chmod(0o755)
         os.replace(making, path)  # an empty folder is replaced, a full one was refused above
     finally:

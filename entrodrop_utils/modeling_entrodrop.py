@@ -46,6 +46,12 @@ class StandIn(nn.Module):
         return self.returns
 
 
+def served(auto_class: str, config: PreTrainedConfig) -> list[str]:
+    """The names of the classes that an Auto class may build from such a config."""
+    found = getattr(transformers, auto_class)._model_mapping.get(type(config), ())
+    return [family.__name__ for family in (found if isinstance(found, tuple) else (found,))]
+
+
 def is_stand_in(module: nn.Module) -> bool:
     """Whether the module was dropped. By name: the class in a folder's copy of this file is another object than the suite's."""
     return type(module).__name__ == StandIn.__name__
@@ -69,9 +75,7 @@ class Pruned:
         settings[RECORD]["model_type"], settings["model_type"] = settings["model_type"], f"{RECORD}-{settings['model_type']}"
         settings["auto_map"] = {"AutoConfig": f"{this.stem}.EntroDropConfig"}
         for name in AUTO_CLASSES:
-            served = getattr(transformers, name)._model_mapping.get(type(self.config), ())
-            served = served if isinstance(served, tuple) else (served,)
-            if type(self).__name__ in [family.__name__ for family in served]:
+            if type(self).__name__ in served(name, self.config):
                 settings["auto_map"][name] = f"{this.stem}.EntroDropModel"
         file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if this.resolve().parent != Path(save_directory).resolve():

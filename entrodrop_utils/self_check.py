@@ -115,7 +115,9 @@ def objection(model: nn.Module, blocks: nn.ModuleList, where: Layout) -> str | N
     give the model's own output, whatever the layers before it returned.
     """
     embedding = model.get_input_embeddings()
-    ids = (torch.arange(TOKENS, device=embedding.weight.device) * 7 + 2)[None] % embedding.weight.shape[0]
+    weight = embedding.weight
+    device = "cpu" if weight.is_meta else weight.device  # weights that wait on disk are moved to where they are needed
+    ids = (torch.arange(TOKENS, device=device) * 7 + 2)[None] % weight.shape[0]
     depth, found = len(blocks), []
 
     def normed(layer: nn.Module, branch: int, state: Tensor) -> Tensor:

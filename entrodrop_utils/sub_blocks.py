@@ -117,7 +117,7 @@ def _resolve(model: nn.Module) -> Layout:
     )
 
 
-def find(model: nn.Module, kind: Kind) -> list[SubBlock]:
+def find(model: nn.Module, kind: Kind | str) -> list[SubBlock]:
     """All sub-blocks of one kind that the model still has, in order of depth.
 
     Raises:

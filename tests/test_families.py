@@ -5,12 +5,15 @@ import functools
 import inspect
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import BY_NAME, FAMILIES, LENGTH, VOCAB, Family, ids, tiny
+from families import BY_NAME, FAMILIES, LENGTH, Family, ids, tiny
 from safetensors import safe_open
 
 from entrodrop_utils import dropping, evaluation, residual
@@ -235,6 +238,63 @@ def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
             assert type(plain).__mro__[1].__name__ != "Pruned" and torch.equal(output(plain, tokens), output(model, tokens))
             reference = shortened(family, tiny(family.name), {layer for layer, _ in chosen})
             assert close(output(plain, tokens), output(reference, tokens))
+
+
+STRANGER = """
+import json, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "entrodrop_utils":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch, transformers
+for line in sys.stdin:
+    folder, auto = json.loads(line)
+    try:
+        import entrodrop_utils
+        answer = "the suite can be imported"
+    except ModuleNotFoundError:
+        model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        with torch.no_grad():
+            torch.save(model(torch.load(folder + "/tokens"))[0], folder + "/output")
+        answer = "done"
+    print("answer:", answer, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """A process that cannot import the suite, and loads folders that it is told."""
+    folder = tmp_path_factory.mktemp("stranger")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(folder / "modules")}
+    with open(folder / "errors", "w+") as errors:
+        command = [sys.executable, "-I", "-c", STRANGER]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        process = subprocess.Popen(command, text=True, cwd=folder, env=environment, **pipes)
+
+        def ask(path: Path, auto: str) -> torch.Tensor:
+            torch.save(ids(), path / "tokens")
+            process.stdin.write(json.dumps([str(path), auto]) + "\n")
+            process.stdin.flush()
+            answer = next((line for line in process.stdout if line.startswith("answer:")), (folder / "errors").read_text()[-2000:])
+            assert answer == "answer: done\n"
+            return torch.load(path / "output")
+
+        yield ask
+        process.stdin.close()
+        process.wait(60)
+
+
+@check("loads without the suite")
+def test_a_process_without_the_suite_loads_it(family, tmp_path, stranger):
+    autos = {"T5EncoderModel": None, "BertForMaskedLM": "AutoModelForMaskedLM", "ModernBertForMaskedLM": "AutoModelForMaskedLM"}
+    auto = autos.get(family.model, "AutoModelForCausalLM")
+    if auto is None:
+        return "not defined"  # no Auto class builds T5's encoder alone
+    chosen = [SubBlock(0, "attention"), SubBlock(2, "mlp"), SubBlock(3, "block")]
+    model = dropping.remove(tiny(family.name), chosen)
+    assert torch.equal(stranger(dropping.save(model, tmp_path / "saved"), auto), output(model, ids()))
+    return None
 
 
 @check("layer lists aligned")
