@@ -51,7 +51,8 @@ class _Edit:
         self.undo: list[tuple[object, str, object]] = []
 
     def set(self, owner: object, name: str, value: object) -> None:
-        self.undo.append((owner, name, owner.__dict__.get(name, self) if not isinstance(owner, nn.Module) else getattr(owner, name)))
+        before = getattr(owner, name) if isinstance(owner, nn.Module) else vars(owner).get(name, self)
+        self.undo.append((owner, name, before))
         setattr(owner, name, value)
 
     def revert(self) -> None:
@@ -68,11 +69,11 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 def _follow(edit: _Edit, config: PreTrainedConfig, kept: list[int], depth: int) -> None:
     """Let a config describe the layers that are kept: its depth, its lists of one value a layer, its lists of layers."""
     if getattr(config, "is_heterogeneous", False):
-        raise ValueError("blocks of a model whose config has settings of its own for each layer (per_layer_config) cannot be dropped")
+        raise ValueError("blocks cannot be dropped from a model whose config has settings for single layers (per_layer_config)")
     for key, value in list(vars(config).items()):
-        if any(part in key for part in ("layer", "heads", "_size")) and isinstance(value, (list, tuple)) and len(value) == depth:
-            if key != "mlp_only_layers":
-                edit.set(config, key, [value[i] for i in kept])
+        one_each = isinstance(value, (list, tuple)) and len(value) == depth and key != "mlp_only_layers"
+        if one_each and any(part in key for part in ("layer", "heads", "_size")):
+            edit.set(config, key, [value[i] for i in kept])
     if "mlp_only_layers" in vars(config):  # layers counted, with a rule for the rest: all that are dense are listed instead
         step = vars(config).get("decoder_sparse_step", 1)
         dense = [i in config.mlp_only_layers or (i + 1) % step != 0 for i in kept]
@@ -100,8 +101,8 @@ def _apply(model: PreTrainedModel, sub_blocks: list[SubBlock]) -> _Edit:
                         edit.set(part, "layer_idx", new)
             for config in _configs(model):
                 _follow(edit, config, kept, len(blocks))
-        # A layer without attention keeps no keys and values. transformers knows such layers as ones that reuse another's cache, which
-        # also tells it not to read the length of the text from them; the layer types still say which mask belongs to which layer.
+        # A layer without attention keeps no keys and values. transformers knows such layers as ones that reuse another's cache,
+        # which also tells it not to read the length of the text from them; the layer types still say which mask is whose.
         reuse = ["reuse" if is_gone(layer, where, "attention") else None for layer in layers(model)]
         for config in _configs(model):
             if any(reuse) or "kv_sharing_modes" in vars(config):
@@ -134,8 +135,10 @@ def _described(model: PreTrainedModel) -> dict[str, object]:
     """What a model's layers are, apart from their weights' values: modules, shapes and settings, by name."""
     found: dict[str, object] = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name, part in layers(model).named_modules():
-        settings = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_" and "dropout" not in k}
-        found |= {f"{name}.{k}": v for k, v in settings.items() if k not in ("training", "gradient_checkpointing", "p")}
+        for key, value in vars(part).items():
+            passing = key[0] == "_" or "dropout" in key or key in ("p", "training", "gradient_checkpointing")
+            if isinstance(value, (bool, int, float, str)) and not passing:
+                found[f"{name}.{key}"] = value
     return found
 
 
@@ -180,7 +183,8 @@ def remove(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> PreTrained
     if gone and (reason := _reloads(model)):
         edit.revert()
         model.__class__ = family
-        raise ValueError(f"without {', '.join(str(s) for s in chosen if s.kind == 'block')} no config describes the model: {reason}")
+        blocks = ", ".join(str(sub_block) for sub_block in chosen if sub_block.kind == "block")
+        raise ValueError(f"without {blocks} no config describes the model: {reason}")
     return model
 
 

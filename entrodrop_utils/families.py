@@ -1,7 +1,7 @@
 """Where the model families keep their layers and, in a layer, the two branches: the one table to extend for a new family.
 
-A family is known by the modules of its decoder layers, not by its name, so a new model of a known layout needs nothing here. Layouts
-with the same modules are told apart by the self-check, which proves on the model at hand that the states found add up.
+A family is known by the modules of its decoder layers, not by its name, so a new model of a known layout needs nothing here.
+Layouts with the same modules are told apart by the self-check, which proves on the model at hand that the states found add up.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from torch import nn
 
 from .modeling_entrodrop import is_stand_in
 
-Branch = dict[str, str]  # module of the layer -> what its stand-in returns (modeling_entrodrop.StandIn); the one that adds comes first
+# Module of the layer -> what its stand-in returns (modeling_entrodrop.StandIn); the module whose output is added comes first
+Branch = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,19 @@ class Layout:
 
     def explains(self, layer: nn.Module) -> bool:
         """Whether the layer has these modules, and none with weights besides."""
-        known = (*self.attention, *self.mlp, *self.shared, *self.norms)
-        found = [name for name, part in layer.named_modules() if name and (is_stand_in(part) or list(part.parameters(recurse=False)))]
-        inside = all(any(name == path or name.startswith(f"{path}.") for path in known) for name in found)
-        return inside and all(any(name == path or name.startswith(f"{path}.") for name in found) for path in self._weighty(layer, known))
-
-    @staticmethod
-    def _weighty(layer: nn.Module, known: tuple[str, ...]) -> list[str]:
-        # A norm may be missing or without weights (ModernBERT's first, OLMo's); a module that does not exist at all is no match
         present = dict(layer.named_modules())
-        return [path for path in known if path not in present or list(present[path].parameters())]
+        weighty = [name for name, part in present.items() if is_stand_in(part) or list(part.parameters(recurse=False))]
+        # A module that is there may have no weights (OLMo's norms); one that has some must be known
+        return self.modules <= present.keys() and all(f"{name}.".startswith(self._inside) for name in weighty)
+
+    @property
+    def modules(self) -> set[str]:
+        """All that a layer of this layout must have."""
+        return {*self.attention, *self.mlp, *self.shared, *self.norms}
+
+    @property
+    def _inside(self) -> tuple[str, ...]:
+        return tuple(f"{path}." for path in self.modules)
 
 
 ZERO, INPUT = "zero", "input"  # a module that adds to the stream; a norm or first projection, which hands on what it is given
@@ -90,7 +94,7 @@ LAYOUTS: dict[str, Layout] = {
         between=None,
         shared=("ln_1",),
     ),
-    "pre-norm, GPT-NeoX": Layout(  # same modules as the next; tried first, as its states also pass for parallel ones
+    "pre-norm, GPT-NeoX": Layout(  # first of the two: a sequential model passes for a parallel one, not the reverse
         attention={"attention": ATTENTION, "input_layernorm": INPUT},
         mlp={"mlp": ZERO, "post_attention_layernorm": INPUT},
         between="post_attention_layernorm",

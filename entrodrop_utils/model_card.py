@@ -53,7 +53,7 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
         return ["```python", *code, "```", "", "A plain transformers checkpoint."]
     return [
         *("```python", *code, "```", ""),
-        "`modeling_entrodrop.py` beside the weights is the code that this trusts: it leaves out what was dropped and holds nothing else.",
+        "`modeling_entrodrop.py` beside the weights is the code that this trusts: it builds the model without what was dropped.",
         "Plain transformers refuses the folder, as it would fill the gaps with random weights. With `entrodrop_utils` installed,",
         '`dropping.load("this folder")` does the same.',
     ]

@@ -5,6 +5,7 @@ trust_remote_code=True)`` works where nothing but transformers is installed. It 
 class, in which stand-ins take the places of the modules that are gone.
 """
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 RECORD = "entrodrop"  # the key in the config under which a pruned model says what it lost
 VERSION = 1
-AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTextEncoding")
 
 
 class StandIn(nn.Module):
@@ -82,6 +83,7 @@ class Pruned:
             shutil.copyfile(this, Path(save_directory) / this.name)
 
 
+@functools.cache
 def pruned_class(family: type) -> type:
     """The family's class with ``Pruned`` mixed in, under the family's name: what asks a model for its class finds the family."""
     if any(base.__name__ == Pruned.__name__ for base in family.__mro__):
@@ -100,9 +102,10 @@ def load(path: str, config: PreTrainedConfig, **kwargs):
         family = pruned_class(family)
     kwargs = {"dtype": "auto", **kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = family.from_pretrained(path, config=config, **kwargs)
-    wrong = [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in sorted(map(str, info[keys]))]
+    wrong = sorted(str(key) for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[keys])
     if wrong:
-        raise ValueError(f"{path}: the record of dropped sub-blocks does not match the weights ({len(wrong)} differ, first {wrong[0]})")
+        found = f"{len(wrong)} differ, first {wrong[0]}"
+        raise ValueError(f"{path}: the record of dropped sub-blocks does not match the weights ({found})")
     return model.eval()
 
 
@@ -121,7 +124,8 @@ class EntroDropConfig:
             ValueError: a record of another format.
         """
         settings, unused = PreTrainedConfig.get_config_dict(path, **kwargs)
-        record = settings.setdefault(RECORD, {"version": VERSION, "kept": None, "dropped": [], "stand_ins": {}})  # none: a whole model
+        whole = {"version": VERSION, "kept": None, "dropped": [], "stand_ins": {}}
+        record = settings.setdefault(RECORD, whole)
         if record.get("version") != VERSION:
             raise ValueError(f"{path} was written in format {record.get('version')}; this code reads format {VERSION}")
         settings["model_type"] = record.pop("model_type", settings["model_type"])

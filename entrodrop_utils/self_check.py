@@ -24,9 +24,7 @@ def output_state(output: Tensor | tuple) -> Tensor:
 
 
 @contextmanager
-def observe(
-    blocks: nn.ModuleList, where: Layout, seen: Callable[[int, Float[Tensor, "batch token dim"]], None]
-) -> Iterator[None]:
+def observe(blocks: nn.ModuleList, where: Layout, seen: Callable[[int, Float[Tensor, "batch token dim"]], None]) -> Iterator[None]:
     """While open, every forward pass calls ``seen(position, state)`` for the 2 L + 1 positions, in order.
 
     Hooks only read, and are gone when the context is left, also when its body raises.
@@ -120,11 +118,14 @@ def objection(model: nn.Module, blocks: nn.ModuleList, where: Layout) -> str | N
     ids = (torch.arange(TOKENS, device=device) * 7 + 2)[None] % weight.shape[0]
     depth, found = len(blocks), []
 
+    def note(position: int, state: Tensor) -> None:
+        found.append((position, state.clone()))
+
     def normed(layer: nn.Module, branch: int, state: Tensor) -> Tensor:
         return layer.get_submodule(where.norms[branch])(state) if where.norms else state
 
     with _evaluating(model):
-        with observe(blocks, where, lambda position, state: found.append((position, state.clone()))):
+        with observe(blocks, where, note):
             own = model(ids)[0]
         if [position for position, _ in found] != list(range(2 * depth + 1)):
             return f"a pass over {depth} layers shows the positions {[position for position, _ in found]}"
@@ -139,18 +140,17 @@ def objection(model: nn.Module, blocks: nn.ModuleList, where: Layout) -> str | N
                 for layer in blocks if bare else ():
                     if not has(layer, where.anchor):
                         stack.enter_context(_replaced(layer, where.attention))
-                between: list[tuple[int, Tensor]] = []
-                outputs: list[Tensor] = []
-                with _forced(blocks, inputs, outputs, states[-1]), observe(blocks, where, lambda *at: between.append(at)):
+                found, outputs = [], []
+                with _forced(blocks, inputs, outputs, states[-1]), observe(blocks, where, note):
                     again = model(ids)[0]
-                middle = [state for position, state in between if position % 2]
                 for i, layer in enumerate(blocks):
                     attends = not bare or has(layer, where.anchor)
+                    lacks = "its MLP" if attends else "both branches"
                     expected = middles[i] if attends else normed(layer, 0, inputs[i])
-                    if not _same(middle[i], expected):
-                        return f"the stream between the branches of layer {i} is not what the layer was given" + attends * " and its attention"
+                    if not _same(found[2 * i + 1][1], expected):
+                        return f"layer {i} without {lacks} has another stream between them"
                     if not _same(outputs[i], normed(layer, 1, expected)):
-                        return f"layer {i} without its {'MLP' if attends else 'branches'} does not return the state found before them"
+                        return f"layer {i} without {lacks} does not return the stream that came before"
                 if not _same(again, own):
                     return "what the last layer leaves does not give the model's own output"
     return None

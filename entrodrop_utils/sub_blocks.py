@@ -32,11 +32,13 @@ class UnsupportedModel(ValueError):
 def _homes(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that may hold the list of layers: the model without its head, its decoder, its encoder."""
     inner = getattr(model, "base_model", model)
-    yield from (part for part in (inner, getattr(inner, "decoder", None), getattr(inner, "encoder", None)) if isinstance(part, nn.Module))
+    yield inner
+    yield from (part for name, part in inner.named_children() if name in ("decoder", "encoder"))
 
 
 def _list_name(home: nn.Module) -> str | None:
-    return next((name for name in LAYER_LISTS if isinstance(getattr(home, name, None), nn.ModuleList) and len(getattr(home, name))), None)
+    lists = {name for name, part in home.named_children() if isinstance(part, nn.ModuleList) and len(part)}
+    return next((name for name in LAYER_LISTS if name in lists), None)
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -94,10 +96,10 @@ def _resolve(model: nn.Module) -> Layout:
     candidates = {key: where for key, where in LAYOUTS.items() if all(where.explains(layer) for layer in blocks)}
     if not candidates:
         parts = [path for path, part in blocks[0].named_children() if list(part.parameters()) or is_stand_in(part)]
-        known = "; ".join(f"{key}: {', '.join((*w.attention, *w.mlp, *w.shared, *w.norms))}" for key, w in LAYOUTS.items())
+        known = "; ".join(f"{key}: {', '.join(sorted(where.modules))}" for key, where in LAYOUTS.items())
         raise UnsupportedModel(
-            f"the layers of {name} ({type(blocks[0]).__name__}: {', '.join(parts)}) have no known layout: looked for exactly the modules of "
-            f"one of {known}. Add a layout to LAYOUTS ({ADD})"
+            f"the layers of {name} ({type(blocks[0]).__name__}: {', '.join(parts)}) have no known layout: looked for exactly the "
+            f"modules of one of {known}. Add a layout to LAYOUTS ({ADD})"
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         return next(iter(candidates.values()))  # a model without weights computes nothing that could be wrong
@@ -112,8 +114,8 @@ def _resolve(model: nn.Module) -> Layout:
         objections[key] = against
     reasons = "; ".join(f"{key}: {against}" for key, against in objections.items())
     raise UnsupportedModel(
-        f"{name} has the modules of a known layout, but its states do not add up to its own output ({reasons}). Scores and drops would "
-        f"be silently wrong. Add the layout that it has to LAYOUTS ({ADD})"
+        f"{name} has the modules of a known layout, but its states do not add up to its own output ({reasons}). Scores and drops "
+        f"would be silently wrong. Add the layout that it has to LAYOUTS ({ADD})"
     )
 
 

@@ -3,17 +3,21 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-VOCAB, LENGTH = 96, 10
-SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-COMMON = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": None}
-GPT |= {"pad_token_id": 0}
+VOCAB, LENGTH, DEPTH = 96, 10, 4
+SPECIAL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+COMMON = SPECIAL | SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 128}
+GPT = SPECIAL | {"n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 128}
+BIG = {"attention": ("self_attention.dense",), "mlp": ("mlp.dense_4h_to_h",), "norm": "transformer.ln_f"}  # Falcon and Bloom
+NEOX = {"attention": ("attention.dense",), "mlp": ("mlp.dense_4h_to_h",), "norm": "gpt_neox.final_layer_norm"}
+OPT = {"attention": ("self_attn.out_proj",), "mlp": ("fc2",)}
+EXPERTS = ("mlp.experts.down_proj",)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 HYBRID = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
 
@@ -58,59 +62,53 @@ FAMILIES = [
     Family("StableLM (parallel)", "StableLmForCausalLM", {"use_parallel_residual": True}),
     Family("SmolLM3", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}),
     Family("GPT-2", "GPT2LMHeadModel", {}, ("attn.c_proj",), ("mlp.c_proj",), False, "transformer.ln_f", common=GPT),
-    Family("GPT-J", "GPTJForCausalLM", {"rotary_dim": 4}, ("attn.out_proj",), ("mlp.fc_out",), True, "transformer.ln_f", common=GPT),
     Family(
-        "GPT-NeoX (parallel)",
-        "GPTNeoXForCausalLM",
-        {"use_parallel_residual": True},
-        ("attention.dense",),
-        ("mlp.dense_4h_to_h",),
-        slow=False,
-        norm="gpt_neox.final_layer_norm",
+        "GPT-J", "GPTJForCausalLM", {"rotary_dim": 4}, ("attn.out_proj",), ("mlp.fc_out",), True, "transformer.ln_f", common=GPT
     ),
-    Family(
-        "GPT-NeoX (sequential)",
-        "GPTNeoXForCausalLM",
-        {"use_parallel_residual": False},
-        ("attention.dense",),
-        ("mlp.dense_4h_to_h",),
-        norm="gpt_neox.final_layer_norm",
-    ),
-    Family("Falcon (parallel)", "FalconForCausalLM", {"parallel_attn": True}, ("self_attention.dense",), ("mlp.dense_4h_to_h",), norm="transformer.ln_f"),
-    Family(
-        "Falcon (parallel, two norms)",
-        "FalconForCausalLM",
-        {"new_decoder_architecture": True, "num_kv_heads": 2},
-        ("self_attention.dense",),
-        ("mlp.dense_4h_to_h",),
-        norm="transformer.ln_f",
-    ),
+    Family("GPT-NeoX (parallel)", "GPTNeoXForCausalLM", {"use_parallel_residual": True}, **NEOX, slow=False),
+    Family("GPT-NeoX (sequential)", "GPTNeoXForCausalLM", {"use_parallel_residual": False}, **NEOX),
+    Family("Falcon (parallel)", "FalconForCausalLM", {"parallel_attn": True}, **BIG),
+    Family("Falcon (parallel, two norms)", "FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}, **BIG),
     Family(
         "Falcon (alibi, sequential)",
         "FalconForCausalLM",
         {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True},
-        ("self_attention.dense",),
-        ("mlp.dense_4h_to_h",),
-        norm="transformer.ln_f",
+        **BIG,
     ),
-    Family("OPT", "OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}, ("self_attn.out_proj",), ("fc2",), norm="model.decoder.final_layer_norm"),
+    Family("OPT", "OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}, **OPT, norm="model.decoder.final_layer_norm"),
     Family(
         "OPT (post-norm)",
         "OPTForCausalLM",
         {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
-        ("self_attn.out_proj",),
-        ("fc2",),
+        **OPT,
         norm=None,
         after=("self_attn_layer_norm", "final_layer_norm"),
     ),
-    Family("Bloom", "BloomForCausalLM", {"n_layer": 4, "n_head": 4}, ("self_attention.dense",), ("mlp.dense_4h_to_h",), False, "transformer.ln_f"),
-    Family("MPT", "MptForCausalLM", {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 128}, ("attn.out_proj",), ("ffn.down_proj",), norm="transformer.norm_f"),
+    Family("Bloom", "BloomForCausalLM", {"n_layer": DEPTH, "n_head": 4}, **BIG, slow=False),
+    Family(
+        "MPT",
+        "MptForCausalLM",
+        {"d_model": 32, "n_layers": DEPTH, "n_heads": 4, "max_seq_len": 128},
+        ("attn.out_proj",),
+        ("ffn.down_proj",),
+        norm="transformer.norm_f",
+    ),
     Family("Cohere (parallel)", "CohereForCausalLM", {}),
     Family("Cohere 2 (parallel)", "Cohere2ForCausalLM", HYBRID),
-    Family("Mixtral", "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}, mlp=("mlp.experts.down_proj",), slow=False),
-    Family("Qwen2-MoE", "Qwen2MoeForCausalLM", MOE | {"shared_expert_intermediate_size": 24}, mlp=("mlp.experts.down_proj", "mlp.shared_expert.down_proj")),
-    Family("Qwen3-MoE", "Qwen3MoeForCausalLM", MOE | {"head_dim": 8, "mlp_only_layers": [1], "decoder_sparse_step": 1}, mlp=("mlp.experts.down_proj", "mlp.down_proj")),
-    Family("OLMoE", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}, mlp=("mlp.experts.down_proj",)),
+    Family("Mixtral", "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}, mlp=EXPERTS, slow=False),
+    Family(
+        "Qwen2-MoE",
+        "Qwen2MoeForCausalLM",
+        MOE | {"shared_expert_intermediate_size": 24},
+        mlp=(*EXPERTS, "mlp.shared_expert.down_proj"),
+    ),
+    Family(
+        "Qwen3-MoE",
+        "Qwen3MoeForCausalLM",
+        MOE | {"head_dim": 8, "mlp_only_layers": [1], "decoder_sparse_step": 1},
+        mlp=(*EXPERTS, "mlp.down_proj"),
+    ),
+    Family("OLMoE", "OlmoeForCausalLM", {"num_experts": 4, "num_experts_per_tok": 2}, mlp=EXPERTS),
     Family("GLM-4", "Glm4ForCausalLM", {"head_dim": 8}),
     Family(
         "BERT",
@@ -135,7 +133,7 @@ FAMILIES = [
     Family(
         "T5 (encoder)",
         "T5EncoderModel",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_heads": 4},
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": DEPTH, "num_heads": 4},
         ("layer.0.SelfAttention.o",),
         ("layer.1.DenseReluDense.wo",),
         norm="encoder.final_layer_norm",
@@ -146,7 +144,7 @@ FAMILIES = [
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _built(name: str) -> PreTrainedModel:
     family = BY_NAME[name]
     model_class = getattr(transformers, family.model)
