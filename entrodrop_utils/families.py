@@ -159,5 +159,6 @@ LAYOUTS: dict[str, Layout] = {
         anchor="layer.0.SelfAttention.relative_attention_bias",
     ),
 }
-# Under which names the families keep the list of their layers, in the model or in its encoder or decoder
+# Under which names the families keep the list of their layers, in the model or in one of these parts of it
 LAYER_LISTS = ("layers", "h", "blocks", "block", "layer")
+STACKS = ("decoder", "encoder", "language_model")

@@ -67,7 +67,13 @@ class Pruned:
             self.set_submodule(path, StandIn(returns))
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As ever, but under a model type that plain transformers refuses: it would fill the gaps with random weights."""
+        """As ever, but under a model type that plain transformers refuses: it would fill the gaps with random weights.
+
+        Raises:
+            ValueError: ``push_to_hub=True``, which would upload before that is done; ``model.push_to_hub`` does it in order.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save a model with dropped sub-blocks first; model.push_to_hub(name) uploads it")
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", True):
             return

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .families import LAYER_LISTS, LAYOUTS, Layout
+from .families import LAYER_LISTS, LAYOUTS, STACKS, Layout
 from .modeling_entrodrop import is_stand_in
 from .self_check import objection
 
@@ -30,10 +30,10 @@ class UnsupportedModel(ValueError):
 
 
 def _homes(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that may hold the list of layers: the model without its head, its decoder, its encoder."""
+    """The modules that may hold the list of layers: the model without its head, and the stacks in it."""
     inner = getattr(model, "base_model", model)
     yield inner
-    yield from (part for name, part in inner.named_children() if name in ("decoder", "encoder"))
+    yield from (part for name, part in inner.named_children() if name in STACKS)
 
 
 def _list_name(home: nn.Module) -> str | None:
@@ -53,7 +53,7 @@ def decoder(model: nn.Module) -> nn.Module:
             "T5EncoderModel.from_pretrained or model.get_encoder()"
         )
     raise UnsupportedModel(
-        f"{name} keeps no list of decoder layers: looked for {', '.join(LAYER_LISTS)} in the model, its decoder and its encoder; "
+        f"{name} keeps no list of decoder layers: looked for {', '.join(LAYER_LISTS)} in the model and its {', '.join(STACKS)}; "
         f"add the name to LAYER_LISTS ({ADD})"
     )
 

@@ -51,6 +51,18 @@ FAMILIES = [
     Family("Gemma", "GemmaForCausalLM", {"head_dim": 8}),
     Family("Gemma 2", "Gemma2ForCausalLM", HYBRID | {"head_dim": 8, "query_pre_attn_scalar": 8}),
     Family("Gemma 3 (text)", "Gemma3ForCausalLM", HYBRID | {"head_dim": 8, "query_pre_attn_scalar": 8}, slow=False),
+    Family(
+        "Gemma 3 (image and text)",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": COMMON | HYBRID | {"head_dim": 8, "query_pre_attn_scalar": 8},
+            "vision_config": {**SIZES, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 2,
+        },
+        norm="model.language_model.norm",
+        common={},
+    ),
     Family("Phi", "PhiForCausalLM", {}, ("self_attn.dense",), ("mlp.fc2",), norm="model.final_layernorm"),
     Family("Phi-3", "Phi3ForCausalLM", {}),
     Family("OLMo", "OlmoForCausalLM", {}),

@@ -1,5 +1,6 @@
 """What the tests compare with: dense models whose branches add nothing, models built shorter, processes without the suite."""
 
+import copy
 import functools
 import json
 import os
@@ -47,16 +48,17 @@ def shortened(family: Family, model, gone: set[int]):
     """A model of the same class built with fewer layers and given the weights of those that are left."""
     prefix = next(name for name, part in model.named_modules() if part is layers(model))
     kept = [i for i in range(DEPTH) if i not in gone]
-    settings = {**family.common, **family.settings}
+    whole = copy.deepcopy({**family.common, **family.settings})
+    settings = whole.get("text_config", whole)
     for depth in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
         if depth in settings:
             settings[depth] = len(kept)
     for key in ("layer_types", "no_rope_layers"):
-        if getattr(model.config, key, None) is not None:
-            settings[key] = [getattr(model.config, key)[i] for i in kept]
+        if getattr(model.config.get_text_config(), key, None) is not None:
+            settings[key] = [getattr(model.config.get_text_config(), key)[i] for i in kept]
     if "mlp_only_layers" in settings:
         settings["mlp_only_layers"] = [kept.index(i) for i in settings["mlp_only_layers"] if i in kept]
-    fresh = type(model)(type(model.config)(**settings)).eval()
+    fresh = type(model)(type(model.config)(**whole)).eval()
     weights = {}
     for name, value in model.state_dict().items():
         if name.startswith(f"{prefix}."):

@@ -10,7 +10,7 @@ import torch
 from families import VOCAB, ids, tiny
 from reference import output, stranger_command
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, dynamic_module_utils, pipeline
 
 from entrodrop_utils import dropping, sub_blocks
 from entrodrop_utils import models as suite_models
@@ -24,6 +24,14 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2", pad_token="w0", bos_token="w1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+    """Where transformers copies the code that a folder brings: not into the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @pytest.fixture
@@ -55,6 +63,8 @@ def test_save_pretrained_is_as_safe_as_save(pruned, tmp_path):
     assert json.loads((tmp_path / "by hand" / "config.json").read_text())["model_type"] == "entrodrop-llama"
     assert torch.equal(output(dropping.load(tmp_path / "by hand"), ids()), output(model, ids()))
     assert torch.equal(output(copy.deepcopy(model), ids()), output(model, ids()))
+    with pytest.raises(ValueError, match=r"model\.push_to_hub"):
+        model.save_pretrained(tmp_path / "up", push_to_hub=True)
 
 
 BROKEN = {
