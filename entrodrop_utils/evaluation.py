@@ -179,6 +179,7 @@ class _Replay:
             )
 
     def _record(self, _, args: tuple, kwargs: dict) -> None:
+        kwargs = dict(kwargs)  # the layer still needs its own
         state, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         self.calls.append((state, rest, kwargs))
 
@@ -190,16 +191,18 @@ class _Replay:
         layer = layers(self.model)[index]
         with dropped(self.model, without) if without else nullcontext():
             output = layer(state, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        self.more = output[1:] if isinstance(output, tuple) else None  # some families return more than the state
+        return output if self.more is None else output[0]
 
     def logits(self, state: Tensor) -> Tensor:
-        """Final norm and head of a state: a forward pass in which every layer hands on what it is given, and the last the state."""
+        """Final norm and head of a state: a forward pass in which every layer hands on that state."""
         blocks = layers(self.model)
+        before = [layer.__dict__.get("forward") for layer in blocks]  # set where a model is spread over devices
+        handed_on = state if self.more is None else (state, *self.more)
         try:
             for layer in blocks:
-                layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-            blocks[-1].forward = lambda *args, **kwargs: state
+                layer.forward = lambda *args, **kwargs: handed_on
             return self.model(self.ids, use_cache=False).logits
         finally:
-            for layer in blocks:
-                layer.__dict__.pop("forward", None)
+            for layer, forward in zip(blocks, before, strict=True):
+                layer.__dict__.pop("forward") if forward is None else setattr(layer, "forward", forward)

@@ -1,7 +1,8 @@
 """The residual stream before and after every sub-block of one forward pass.
 
 A model of L layers has 2 L + 1 positions: 2 l is the input of layer l, 2 l + 1 the stream after its attention, 2 L what the last
-layer leaves, before the final norm. (`output_hidden_states[-1]` of transformers is past that norm, so it is never used.)
+layer leaves, before the final norm. (`output_hidden_states[-1]` of transformers is past that norm, so it is never used.) Where a
+layer adds both branches to its input at once, the attention counts as the first.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .sub_blocks import SubBlock, layers, layout, module
+from .self_check import observe
+from .sub_blocks import SubBlock, layers, layout
 
 Callback = Callable[[int, Float[Tensor, "batch token dim"]], None]
 
@@ -27,33 +29,12 @@ def watch(model: nn.Module, seen: Callback) -> Iterator[None]:
     """While open, every forward pass calls ``seen(position, state)`` for each position in order; states are not kept.
 
     Hooks only read, and are gone when the context is left, also when its body raises.
+
+    Raises:
+        UnsupportedModel: the family is not known, or its states would not add up to the model's output.
     """
-    where, blocks, handles = layout(model), layers(model), []
-
-    def first_argument(args: tuple, kwargs: dict) -> Tensor:
-        return args[0] if args else kwargs["hidden_states"]
-
-    try:
-        for i, layer in enumerate(blocks):
-
-            def before(_, args, kwargs, i=i):
-                seen(2 * i, first_argument(args, kwargs))
-
-            def between(_, args, kwargs, i=i):
-                seen(2 * i + 1, first_argument(args, kwargs))
-
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            middle = module(layer, where.after_attention)
-            handles.append(middle.register_forward_pre_hook(between, with_kwargs=True))
-
-        def after(_, args, output):
-            seen(2 * len(blocks), output[0] if isinstance(output, tuple) else output)
-
-        handles.append(blocks[-1].register_forward_hook(after))
+    with observe(layers(model), layout(model), seen):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from .entropy import ESTIMATORS
 from .progress import progress
 from .residual import positions, watch
 from .similarity import SIMILARITIES
-from .sub_blocks import KINDS, Kind, find, layers
+from .sub_blocks import KINDS, find, layers
 
 Metric = Callable[..., Tensor]  # of one state: an entropy; of two, a sub-block's input and output: a similarity
 METRICS: dict[str, Metric] = {**ESTIMATORS, **SIMILARITIES}
@@ -96,7 +96,7 @@ def score(
     model: nn.Module,
     windows: Int[Tensor, "sequence token"],
     metrics: Iterable[str] | Mapping[str, Metric] = ("bucket", "knn", "cosine"),
-    kinds: Iterable[Kind] = KINDS,
+    kinds: Iterable[str] = KINDS,
 ) -> pd.DataFrame:
     """Every metric of every sub-block on every calibration sequence; the smaller the value, the more redundant.
 

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from .scoring import OFFICIAL_PROTECTED, bootstrap
-from .sub_blocks import Kind, SubBlock
+from .sub_blocks import SubBlock
 
 
 def one_shot(
-    scores: pd.DataFrame, metric: str, kind: Kind, n: int | None = None, protected: Iterable[int] = OFFICIAL_PROTECTED
+    scores: pd.DataFrame, metric: str, kind: str, n: int | None = None, protected: Iterable[int] = OFFICIAL_PROTECTED
 ) -> list[SubBlock]:
     """The ``n`` sub-blocks of one kind with the smallest mean score, smallest first.
 
@@ -47,7 +47,7 @@ def stage_boundary_draws(scores: pd.DataFrame, metric: str, draws: int = 1000, s
     return _boundaries(bootstrap(_block_increases(scores, metric).to_numpy(), draws, seed))
 
 
-def two_stage(scores: pd.DataFrame, metric: str, kind: Kind, n: int | None = None) -> list[SubBlock]:
+def two_stage(scores: pd.DataFrame, metric: str, kind: str, n: int | None = None) -> list[SubBlock]:
     """The paper's rule: keep every layer of the falling stage; in the rising stage the smallest entropy increase goes first.
 
     Raises:
@@ -56,7 +56,7 @@ def two_stage(scores: pd.DataFrame, metric: str, kind: Kind, n: int | None = Non
     return one_shot(scores, metric, kind, n, protected=range(stage_boundary(scores, metric)))
 
 
-def _sequences(scores: pd.DataFrame, metric: str, kind: Kind) -> pd.DataFrame:
+def _sequences(scores: pd.DataFrame, metric: str, kind: str) -> pd.DataFrame:
     chosen = scores[(scores.metric == metric) & (scores.kind == kind)]
     if chosen.empty:
         have = scores[["metric", "kind"]].drop_duplicates().agg(" of ".join, axis=1)

@@ -59,6 +59,8 @@ def test_entropies_at_every_position(model, windows):
 def test_unknown_names_are_refused_with_the_list(model, windows):
     with pytest.raises(ValueError, match=r"unknown metric 'entropi': choose from bucket, knn"):
         scoring.score(model, windows, ("entropi",))
+    with pytest.raises(ValueError, match="unknown kind 'head': choose one of attention, mlp, block"):
+        scoring.score(model, windows, ("bucket",), ("head",))
 
 
 def test_memory_does_not_grow_with_the_windows(model):

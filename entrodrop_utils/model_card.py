@@ -1,0 +1,83 @@
+"""The README.md that travels with a pruned model: what was dropped, why, what it cost, how to load it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .modeling_entrodrop import AUTO_CLASSES, RECORD, served
+
+
+@dataclass(frozen=True)
+class Card:
+    """What only the caller knows; all of it optional.
+
+    Args:
+        base_model: the model's name, if the one it was loaded under is not it.
+        metric: which score chose the sub-blocks ("cosine, one-shot").
+        calibration: the text it was measured on ("24 windows of 256 tokens of docs").
+        digest: ``text.digest`` of those windows.
+        perplexity_before, perplexity_after: of the whole and the pruned model, on the text that ``evaluation`` names.
+        evaluation: that text.
+    """
+
+    base_model: str | None = None
+    metric: str | None = None
+    calibration: str | None = None
+    digest: str | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    evaluation: str | None = None
+
+
+def _base_model(model: PreTrainedModel) -> str:
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return Path(name).name if Path(name).is_dir() else name  # never the path of a folder on the machine that made it
+
+
+def _why(card: Card) -> str:
+    text = f"Chosen by {card.metric or 'hand'}"
+    if card.calibration:
+        text += f", measured on {card.calibration}"
+    if card.digest:
+        text += f" (hash of the tokens: `{card.digest}`)"
+    return text + "."
+
+
+def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> list[str]:
+    auto = next((name for name in AUTO_CLASSES[1:] if type(model).__name__ in served(name, model.config)), AUTO_CLASSES[0])
+    names, trust = [auto] + ["AutoTokenizer"] * tokenizer, ", trust_remote_code=True" * trusting
+    code = [f"from transformers import {', '.join(names)}", "", f'model = {auto}.from_pretrained("this folder"{trust})']
+    code += [f'tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})'] * tokenizer
+    if not trusting:
+        return ["```python", *code, "```", "", "A plain transformers checkpoint."]
+    return [
+        *("```python", *code, "```", ""),
+        "`modeling_entrodrop.py` beside the weights is the code that this trusts: it builds the model without what was dropped.",
+        "Plain transformers refuses the folder, as it would fill the gaps with random weights. With `entrodrop_utils` installed,",
+        '`dropping.load("this folder")` does the same.',
+    ]
+
+
+def render(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> str:
+    """The model card in Markdown, with the metadata that model hubs read; ``tokenizer`` says whether the folder holds one."""
+    record = getattr(model.config, RECORD, None) or {"layers": 0, "kept": [], "dropped": [], "stand_ins": {}}
+    base = card.base_model or _base_model(model)
+    names = {"attention": "attention layers", "mlp": "MLPs", "block": "whole blocks"}
+    gone = {names[kind]: sorted(layer for layer, k in record["dropped"] if k == kind) for kind in names}
+    lines = ["---", "library_name: transformers", "tags:", "- entrodrop", "- pruned"]
+    lines += [f"base_model: {base}"] * (base.count("/") == 1)
+    lines += ["---", "", f"# {base or type(model).__name__} without some of its layers", ""]
+    if record["dropped"]:
+        lines += [f"{base or 'The model'} had {record['layers']} layers. Dropped from it, counted in its layers from 0:", ""]
+        lines += ["| what | how many | which |", "|---|---|---|"]
+        lines += [f"| {what} | {len(layers)} | {', '.join(map(str, layers))} |" for what, layers in gone.items() if layers]
+        lines += ["", _why(card)]
+    else:
+        lines += ["Nothing was dropped."]
+    if card.perplexity_before is not None and card.perplexity_after is not None:
+        where = f" on {card.evaluation}" if card.evaluation else ""
+        lines += ["", f"Perplexity{where}: {card.perplexity_before:.2f} before, {card.perplexity_after:.2f} after."]
+    lines += ["", "## How to load it", "", *_how_to_load(model, bool(record["stand_ins"]), tokenizer)]
+    lines += ["", "Method: EntroDrop ([arXiv 2504.03794](https://arxiv.org/abs/2504.03794)) and its baselines."]
+    return "\n".join(lines) + "\n"
