@@ -8,7 +8,7 @@ import torch
 
 from entrodrop_utils import evaluation
 from entrodrop_utils.dropping import dropped
-from entrodrop_utils.sub_blocks import SubBlock
+from entrodrop_utils.sub_blocks import SubBlock, find
 
 
 def test_loss_is_that_of_transformers(model, windows):
@@ -49,6 +49,7 @@ def test_the_tree_gives_what_single_evaluations_give(model, windows):
 
 def test_shared_layers_are_run_once(model, windows):
     """Sets that differ in the last layer only: five dense layers are run once, not once a set."""
+    find(model, "block")  # a model's first use runs a self-check
     calls = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     evaluation.sweep(model, windows[:1], [[SubBlock(5, "attention")], [SubBlock(5, "mlp")], [SubBlock(5, "block")]])
