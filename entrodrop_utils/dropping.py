@@ -76,7 +76,7 @@ def _follow(edit: _Edit, config: PreTrainedConfig, kept: list[int], depth: int) 
             edit.set(config, key, [value[i] for i in kept])
     if "mlp_only_layers" in vars(config):  # layers counted, with a rule for the rest: all that are dense are listed instead
         step = vars(config).get("decoder_sparse_step", 1)
-        dense = [i in config.mlp_only_layers or (i + 1) % step != 0 for i in kept]
+        dense = [i in (config.mlp_only_layers or ()) or (i + 1) % step != 0 for i in kept]
         edit.set(config, "mlp_only_layers", [new for new, is_dense in enumerate(dense) if is_dense])
         edit.set(config, "decoder_sparse_step", 1)
     if isinstance(vars(config).get("first_k_dense_replace"), int):
@@ -104,6 +104,8 @@ def _apply(model: PreTrainedModel, sub_blocks: list[SubBlock]) -> _Edit:
         # A layer without attention keeps no keys and values. transformers knows such layers as ones that reuse another's cache,
         # which also tells it not to read the length of the text from them; the layer types still say which mask is whose.
         reuse = ["reuse" if is_gone(layer, where, "attention") else None for layer in layers(model)]
+        if any(reuse):
+            modeling_entrodrop.require_cache_without_gaps()
         for config in _configs(model):
             if any(reuse) or "kv_sharing_modes" in vars(config):
                 edit.set(config, "kv_sharing_modes", reuse)
@@ -123,6 +125,7 @@ def dropped(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> Iterator[
     Raises:
         ValueError: a sub-block that does not exist, is named twice, is part of a dropped block or was dropped before; all attention
             layers or all blocks; a quantised model. The model is left as it was.
+        RuntimeError: an attention layer, with a transformers whose cache cannot do without it (older than 5.23).
     """
     edit = _apply(model, _checked(model, sub_blocks))
     try:

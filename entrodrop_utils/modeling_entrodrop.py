@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, DynamicCache, LlamaConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 RECORD = "entrodrop"  # the key in the config under which a pruned model says what it lost
@@ -58,11 +58,30 @@ def is_stand_in(module: nn.Module) -> bool:
     return type(module).__name__ == StandIn.__name__
 
 
+@functools.cache
+def require_cache_without_gaps() -> None:
+    """Refuse a transformers whose cache cannot leave out layers without attention: what it generates would be silently wrong.
+
+    Raises:
+        RuntimeError: it is older than 5.23, or has given up the setting that is used for it.
+    """
+    config = LlamaConfig(num_hidden_layers=2)
+    config.kv_sharing_modes = ["reuse", None]
+    kept = DynamicCache(config=config).layers
+    if len(kept) != 2 or type(kept[0]) is type(kept[1]):
+        raise RuntimeError(
+            f"transformers {transformers.__version__} reads the length of the text from layers without attention, so cached "
+            "generation without them would be wrong: use transformers 5.23 or newer"
+        )
+
+
 class Pruned:
     """Mixed into a family's class: built without the modules that its config says are gone, and saved so that it loads again."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if any(getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or ()):
+            require_cache_without_gaps()
         for path, returns in getattr(config, RECORD)["stand_ins"].items():
             self.set_submodule(path, StandIn(returns))
 

@@ -1,6 +1,7 @@
 """Dropping: what is refused, what is left as it was, how drops compose, and what follows a layer to its new place."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from families import ids, tiny
 from reference import output
 from transformers import AutoModelForCausalLM
 
-from entrodrop_utils import dropping, sub_blocks
+from entrodrop_utils import dropping, modeling_entrodrop, sub_blocks
 from entrodrop_utils.dropping import RECORD
 from entrodrop_utils.sub_blocks import KINDS, SubBlock
 
@@ -50,6 +51,19 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(case, how):
     with pytest.raises(ValueError, match=message):
         HOW[how](model, chosen)
     assert fingerprint(model) == before
+
+
+def test_a_transformers_whose_cache_keeps_every_layer_is_refused(monkeypatch):
+    modeling_entrodrop.require_cache_without_gaps.cache_clear()
+    monkeypatch.setattr(modeling_entrodrop, "DynamicCache", lambda config: SimpleNamespace(layers=[object(), object()]))
+    model = tiny("Llama")
+    before = fingerprint(model)
+    with pytest.raises(RuntimeError, match=r"use transformers 5\.23 or newer"):
+        dropping.remove(model, [ATTENTION(0)])
+    assert fingerprint(model) == before
+    dropping.remove(model, [MLP(0), BLOCK(1)])  # these need nothing of it
+    monkeypatch.undo()
+    modeling_entrodrop.require_cache_without_gaps.cache_clear()
 
 
 def test_a_quantised_model_is_refused():
