@@ -1,5 +1,6 @@
 """EntroDrop: which attention layers, MLPs or blocks of a language model carry little information, and what dropping them costs.
 
 The modules are one straight line, each importing only those before it: profiles, progress, downloads, dequantise, sources, models,
-text, sub_blocks, residual, entropy, similarity, scoring, selection, dropping, evaluation, figures, rendered, notebooks.
+text, modeling_entrodrop, families, self_check, sub_blocks, residual, entropy, similarity, scoring, selection, model_card, dropping,
+evaluation, figures, rendered, notebooks.
 """

@@ -3,7 +3,7 @@
 import ast
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -95,29 +95,40 @@ def _dead_links(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def index() -> None:
-    """Bring up to date what depends on all notebooks: the README's tables and the way from each notebook to the next."""
+    """Bring up to date what depends on all notebooks: the README's tables, and the way from each notebook to the next."""
     books = {path: nbformat.read(path, as_version=4) for path in available()}
-    links = {path: f"[{book.cells[0].source.splitlines()[0].lstrip('# ')}]" for path, book in books.items()}
+    titles = {path: book.cells[0].source.splitlines()[0].lstrip("# ") for path, book in books.items()}
     order = list(books)
     for number, path in enumerate(order):
-        back = [f"← {links[p]}({p.name})" for p in order[max(0, number - 1) : number]]
-        on = [f"{links[p]}({p.name}) →" for p in order[number + 1 : number + 2]]
+        back = [f"← [{titles[p]}]({p.name})" for p in order[max(0, number - 1) : number]]
+        on = [f"[{titles[p]}]({p.name}) →" for p in order[number + 1 : number + 2]]
         way = nbformat.v4.new_markdown_cell(" · ".join([*back, "[index](../README.md)", *on]), id=NAVIGATION)
         books[path].cells = [cell for cell in books[path].cells if cell.id != NAVIGATION] + [way]
         write(books[path], path)
-    claims = [pd.read_csv(file) for file in sorted((RESULTS / DEFAULT_MODEL / DEFAULT_SIZE).glob("*_claims.csv"))]
-    ledger = (
-        [
-            f"| {row.claim} | {row.source} | {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}] | {row.verdict} |"
-            for row in pd.concat(claims).itertuples()
-        ]
-        if claims
-        else []
+    _tabulate(
+        "notebooks", ["notebook", "what it found"], [(f"[{titles[p]}](notebooks/{p.name})", finding(books[p])) for p in order]
     )
-    head = ["| claim | in the paper | measured, 95% interval | verdict |", "|---|---|---|---|"]
-    replace_between(ROOT / "README.md", "claims", "\n".join([*head, *ledger]))
-    rows = [f"| {links[path]}(notebooks/{path.name}) | {finding(book)} |" for path, book in books.items()]
-    replace_between(ROOT / "README.md", "notebooks", "\n".join(["| notebook | what it found |", "|---|---|", *rows]))
+    claims = [
+        (row.claim, row.source, f"{row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]", row.verdict)
+        for file in sorted((RESULTS / DEFAULT_MODEL / DEFAULT_SIZE).glob("*_claims.csv"))
+        for row in pd.read_csv(file).itertuples()
+    ]
+    _tabulate("claims", ["claim", "in the paper", "measured, 95% interval", "verdict"], claims)
+    if (file := RESULTS / "families.csv").exists():
+        families = pd.read_csv(file)
+        _tabulate("families", families.columns, families.itertuples(index=False))
+
+
+def _tabulate(name: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Put a table into the README, between the comments ``<!-- name -->`` and ``<!-- /name -->``, if it has them."""
+    readme = ROOT / "README.md"
+    before, start, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    if not start:
+        return
+    after = rest.partition(f"<!-- /{name} -->")[2]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
+    table = "\n".join(f"| {line} |" for line in lines)
+    readme.write_text(f"{before}{start}{table}\n<!-- /{name} -->{after}", encoding="utf-8")
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -127,10 +138,3 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
-
-
-def replace_between(page: Path, name: str, new: str) -> None:
-    """Replace what a page holds between the comments ``<!-- name -->`` and ``<!-- /name -->``."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    after = rest.partition(f"<!-- /{name} -->")[2]
-    page.write_text(f"{before}<!-- {name} -->\n{new}\n<!-- /{name} -->{after}", encoding="utf-8")
