@@ -2,7 +2,7 @@
 
 The tokens of one sequence are the samples, the model's width is the dimension. Every estimator is batched over all
 leading dimensions, accumulates in float64 and returns one number per sequence. Bucket, KNN and Renyi are those of
-"Entropy-Based Block Pruning for Efficient Large Language Models" (arXiv 2504.03794, section 3); ``official=True`` gives
+"Entropy-Based Block Pruning for Efficient Large Language Models" (arXiv 2504.03794); ``official=True`` gives
 the constants of its published code where they differ from the textbook's.
 """
 
@@ -42,7 +42,7 @@ def squared_distances(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*b
 
 
 def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, "*batch"]:
-    """Histogram entropy, summed over dimensions: sum_d -sum_b p log p (arXiv 2504.03794, section 3).
+    """Histogram entropy, summed over dimensions: sum_d -sum_b p log p (arXiv 2504.03794).
 
     Each dimension has ``bins`` equal-width bins between its own minimum and maximum, so the estimate does not change
     when a dimension is shifted or scaled, and one outlier token can empty all bins but two. A constant dimension
@@ -104,7 +104,7 @@ def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False)
 
 
 def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tensor, "*batch"]:
-    """Kernel Renyi entropy: 1 / (1 - alpha) log mean_ij K_ij^(alpha - 1) (arXiv 2504.03794, section 3).
+    """Kernel Renyi entropy: 1 / (1 - alpha) log mean_ij K_ij^(alpha - 1) (arXiv 2504.03794).
 
     Dimensions are standardised (a constant one becomes 0), K is a Gaussian kernel with sigma the median distance between
     two different tokens, and the mean is over all pairs, a token with itself included. Between 0 and log(token), since

@@ -100,7 +100,7 @@ def score(
 ) -> pd.DataFrame:
     """Every metric of every sub-block on every calibration sequence; the smaller the value, the more redundant.
 
-    For an entropy the value is the increase H(out) - H(in) in nats (arXiv 2504.03794, eq. 3), for a similarity the change of the
+    For an entropy the value is the increase H(out) - H(in) in nats (arXiv 2504.03794), for a similarity the change of the
     state. One forward pass a window, without logits; states are freed as they are used.
 
     Returns:

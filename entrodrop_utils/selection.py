@@ -36,7 +36,7 @@ def one_shot(
 def stage_boundary(scores: pd.DataFrame, metric: str) -> int:
     """The first layer of the rising stage: where the mean entropy of the layer inputs turns from falling to rising.
 
-    It is the layer whose input has the least entropy (arXiv 2504.03794, section 4.2); 0 where the curve never falls.
+    It is the layer whose input has the least entropy (arXiv 2504.03794); 0 where the curve never falls.
     The curve follows from the increases of the blocks, up to a constant that does not matter here.
     """
     return int(_boundaries(_block_increases(scores, metric).mean().to_numpy()[None])[0])

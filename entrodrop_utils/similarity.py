@@ -27,14 +27,14 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 def cosine(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
     """1 - mean over tokens of cos(in, out).
 
-    On a block this is ShortGPT's block influence (arXiv 2403.03853, eq. 1), on an attention layer or an MLP the score of
+    On a block this is ShortGPT's block influence (arXiv 2403.03853), on an attention layer or an MLP the score of
     LLM-Drop (arXiv 2406.15786), whose input is the raw residual stream before the norm. Between 0 and 2, no unit.
     """
     return 1 - _cosine(x, y).mean(-1)
 
 
 def angular(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
-    """Mean over tokens of arccos(cos(in, out)) / pi (arXiv 2403.17887, eq. 5, there for the last token). Between 0 and 1."""
+    """Mean over tokens of arccos(cos(in, out)) / pi (arXiv 2403.17887, there for the last token). Between 0 and 1."""
     return _cosine(x, y).clamp(-1, 1).arccos().mean(-1) / math.pi
 
 
