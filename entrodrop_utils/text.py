@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.utils import logging as datasets_logging
 from filelock import FileLock
 from jaxtyping import Int
 from torch import Tensor
@@ -118,17 +119,7 @@ def _documents(source: str) -> Iterator[tuple[str, str]]:
         for document in path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n"):
             yield document, document
     else:
-        if path.suffix == ".jsonl":
-            rows = load_dataset("json", data_files=str(path), split="train")
-        else:
-            name, config, split = HUB.get(source, (source, None, "train"))
-            try:
-                rows = load_dataset(name, config, split=split, streaming=name == "allenai/c4")
-            except Exception as error:  # the datasets library raises a dozen kinds
-                raise ValueError(
-                    f"the dataset {name} could not be loaded ({str(error).strip().split(chr(10))[0]}); it needs the network once, "
-                    "or a local hub cache (HF_HOME)"
-                ) from error
+        rows = _rows(source)
         for count, row in enumerate(rows):
             if count == MOST_DOCUMENTS:
                 break
@@ -136,6 +127,27 @@ def _documents(source: str) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"{source} has no column `text`, only {', '.join(row)}")
             if row["text"].strip():
                 yield row["text"], row["text"]
+
+
+def _rows(source: str) -> Iterable[dict]:
+    """The rows of a .jsonl file or of a dataset of the hub, without the datasets library's own bars and notices."""
+    verbosity, bars = datasets_logging.get_verbosity(), are_progress_bars_disabled()
+    datasets_logging.set_verbosity_error()
+    disable_progress_bars()
+    name, config, split = HUB.get(source, (source, None, "train"))
+    try:
+        if name.endswith(".jsonl"):
+            return load_dataset("json", data_files=str(Path(name).expanduser()), split="train")
+        return load_dataset(name, config, split=split, streaming=name == "allenai/c4")
+    except Exception as error:  # the datasets library raises a dozen kinds
+        raise ValueError(
+            f"the text {source} could not be loaded ({str(error).strip().splitlines()[0]}); a dataset of the hub needs the network "
+            "once, or a local hub cache (HF_HOME), a .jsonl file one JSON object a line"
+        ) from error
+    finally:
+        datasets_logging.set_verbosity(verbosity)
+        if not bars:
+            enable_progress_bars()
 
 
 def _harvested() -> Path:

@@ -93,6 +93,19 @@ def test_a_file_without_text_says_which_columns_it_has(tmp_path):
         text.windows(str(path), "calibration", Letters(), Windows(1, 10))
 
 
+def test_a_broken_file_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("{not json\n")
+    with pytest.raises(ValueError, match=r"broken.jsonl could not be loaded \(.*one JSON object a line"):
+        text.windows(str(path), "calibration", Letters(), Windows(1, 10))
+
+
+def test_loading_is_silent(corpus, capfd):
+    text._part.cache_clear()
+    text.windows(corpus, "calibration", Letters(), Windows(3, 20))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_docstrings_are_those_of_the_running_interpreter():
     source = b'def f():\n    """' + b"word " * 100 + b'\n    last line"""\n\nclass C:\n    """short"""\n'
     found = list(text._docstrings(source))
