@@ -56,12 +56,15 @@ def test_the_first_token_is_a_sink_from_layer_12_on(smollm2, ids):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")
 def test_the_readmes_python_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     space: dict = {}
-    exec(code, space)
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        exec(code, space)
     assert "±" in capsys.readouterr().out
     assert len(space["drop"]) == 4
     ids = torch.arange(40)[None]
-    assert torch.equal(space["smaller"](ids).logits, space["model"](ids).logits)
+    for loaded in ("smaller", "anywhere"):
+        assert torch.equal(space[loaded](ids).logits, space["model"](ids).logits)
+    assert not torch.allclose(space["model"](ids).logits, smollm2[0](ids).logits)
