@@ -13,6 +13,7 @@ from .profiles import DEFAULT_MODEL, DEFAULT_SIZE, NOTEBOOKS, RESULTS, ROOT
 
 FINDING = "> **Finding:** "  # the line of a notebook's first cell that its last run fills in
 NAVIGATION = "navigation"  # the id of the last cell, which leads to the notebooks before and after
+HEADLINE = "02_entropy_vs_cosine"  # whose finding the README opens with
 LONGEST_CELL = 20  # lines
 MOST_BYTES = 1_000_000  # GitHub does not render more
 MACHINE_PATH = re.compile(r"(?<![\w.:/<])/(home|Users|root|tmp|usr|opt|var|work)/|\b[A-Z]:\\\\")
@@ -108,6 +109,9 @@ def index() -> None:
     _tabulate(
         "notebooks", ["notebook", "what it found"], [(f"[{titles[p]}](notebooks/{p.name})", finding(books[p])) for p in order]
     )
+    for path in order:  # the sentence that stands above the figure
+        if path.stem == HEADLINE:
+            _put("headline", f"**What we find.** {'. '.join(finding(books[path]).split('. ')[:2])}.")
     claims = [
         (row.claim, row.source, f"{row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]", row.verdict)
         for file in sorted((RESULTS / DEFAULT_MODEL / DEFAULT_SIZE).glob("*_claims.csv"))
@@ -120,15 +124,18 @@ def index() -> None:
 
 
 def _tabulate(name: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Put a table into the README, between the comments ``<!-- name -->`` and ``<!-- /name -->``, if it has them."""
+    """Put a table into the README under this name."""
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
+    _put(name, "\n".join(f"| {line} |" for line in lines))
+
+
+def _put(name: str, new: str) -> None:
+    """Replace what the README holds between the comments ``<!-- name -->`` and ``<!-- /name -->``, if it has them."""
     readme = ROOT / "README.md"
     before, start, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    if not start:
-        return
-    after = rest.partition(f"<!-- /{name} -->")[2]
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns), *(" | ".join(row) for row in rows)]
-    table = "\n".join(f"| {line} |" for line in lines)
-    readme.write_text(f"{before}{start}{table}\n<!-- /{name} -->{after}", encoding="utf-8")
+    if start:
+        after = rest.partition(f"<!-- /{name} -->")[2]
+        readme.write_text(f"{before}{start}{new}\n<!-- /{name} -->{after}", encoding="utf-8")
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
