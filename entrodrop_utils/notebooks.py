@@ -117,7 +117,7 @@ def reproduce(model: str, size: str, corpus: str, seed: int, only: str) -> int:
             shutil.rmtree(stage)
             table.append((notebook.stem, "done", time.monotonic() - start, where))
         except (papermill.PapermillExecutionError, RuntimeError, ValueError) as error:
-            failed = True
+            failed = True  # the half-run notebook stays in the stage, to be looked at
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, papermill.PapermillExecutionError) else str(error)
             table.append(
                 (notebook.stem, "FAILED", time.monotonic() - start, f"{stage.relative_to(ROOT) / notebook.name} ({reason})")
