@@ -1,0 +1,297 @@
+"""The explorer as a person sees it: widgets that ask explorer.Explorer in the background and draw what it says."""
+
+import html
+import math
+import os
+import threading
+from dataclasses import replace
+
+import ipywidgets as w
+from IPython.display import display
+
+from . import explorer_view as view
+from . import scoring
+from .background import Background
+from .explorer import Explorer, Settings
+from .models import KNOWN
+from .progress import HEADLESS
+from .selection import Choice
+from .sub_blocks import KINDS, SubBlock
+
+HEIGHT = 130  # pixels from the lowest bar to the highest
+CSS = f"""<style>
+.entrodrop-bar {{ padding: 0; margin: 0; min-width: 0; border-radius: 2px 2px 0 0; background: {view.KEPT}; }}
+.entrodrop-bar.entrodrop-gone {{ border: 1px solid {view.DROPPED};
+  background: repeating-linear-gradient(45deg, #fff 0 3px, {view.DROPPED} 3px 5px); }}
+.entrodrop-layer {{ font-size: 11px; line-height: 14px; height: 16px; margin: 0; justify-content: center; overflow: visible; }}
+.entrodrop-layer .widget-label, .entrodrop-layer.widget-label {{ text-align: center; }}
+.entrodrop-table {{ border-collapse: collapse; font-size: 13px; line-height: 1.4; width: 100%; table-layout: fixed; }}
+.entrodrop-table th, .entrodrop-table td {{ text-align: left; vertical-align: top; padding: 3px 8px; overflow-wrap: anywhere; }}
+.entrodrop-table thead th {{ border-bottom: 1px solid #888; }}
+.entrodrop-computing {{ color: #a33; font-style: italic; }}
+.entrodrop-error {{ background: #fdecea; color: #7a1712; border-left: 4px solid #b3261e; padding: 4px 10px; line-height: 1.4; }}
+</style>"""
+LABELS = {"description_width": "initial"}
+
+
+class Page:
+    """The widgets of one explorer; ``widget`` is what is shown. A move is drawn at once, what it costs when it has been measured."""
+
+    def __init__(self, explorer: Explorer):
+        self.explorer, self.choice, self.busy = explorer, Choice([]), False
+        self._drawing = threading.RLock()  # the page's events and the background both draw
+        self._bars: dict[SubBlock, w.Button] = {}
+        self._build(explorer.settings)
+        self.background = Background(self._progress, self._failed)
+        self._ask()
+
+    # What a person sees ---------------------------------------------------------------------------------------------------------
+
+    def _build(self, now: Settings) -> None:
+        wide = w.Layout(width="auto", flex="1 1 250px", margin="2px 12px 2px 0")
+        small = w.Layout(width="120px")
+        every = {"style": LABELS, "continuous_update": False}
+        self.fields = {
+            "model": w.Combobox(
+                value=now.model,
+                options=list(KNOWN),
+                description="model",
+                placeholder="name, folder or hub name",
+                layout=wide,
+                **every,
+            ),
+            "kind": w.Dropdown(value=now.kind, options=KINDS, description="drop", style=LABELS, layout=w.Layout(width="150px")),
+            "metric": w.Dropdown(
+                value=now.metric, options=list(scoring.METRICS), description="by", style=LABELS, layout=w.Layout(width="150px")
+            ),
+            "bins": w.BoundedIntText(value=now.bins, min=2, max=1000, description="bins", layout=small, **every),
+            "k": w.BoundedIntText(value=now.k, min=1, max=1000, description="neighbour k", layout=small, **every),
+            "alpha": w.BoundedFloatText(
+                value=now.alpha, min=0.05, max=100, step=0.5, description="order alpha", layout=small, **every
+            ),
+            "first": w.Checkbox(value=now.first, description="count the first token", indent=False, layout=w.Layout(width="170px")),
+            "text": w.Combobox(
+                value=now.text, options=["docs", "c4", "wikitext"], description="calibration text", layout=wide, **every
+            ),
+            "pasted": w.Textarea(
+                placeholder="or paste a text of your own here",
+                rows=2,
+                layout=w.Layout(width="100%", margin="2px 12px 2px 0"),
+                **every,
+            ),
+            "prompt": w.Text(
+                value=now.prompt, description="prompt", layout=w.Layout(width="100%", margin="2px 12px 2px 0"), **every
+            ),
+        }
+        self.what, self.fraction = w.Label(layout=w.Layout(width="260px")), w.FloatProgress(max=1, layout=w.Layout(width="220px"))
+        self.stop = w.Button(description="Cancel", tooltip="Stop what is being computed", layout=w.Layout(width="90px"))
+        self.said, self.bars, self.legend = w.HTML(), w.HBox(), w.HTML()
+        self.slider = w.IntSlider(min=0, max=1, description="number dropped", style=LABELS, layout=w.Layout(width="70%"))
+        self.forget = w.Button(
+            description="Follow the ranking", tooltip="Forget what was kept or dropped by hand", layout=w.Layout(width="160px")
+        )
+        self.table, self.picture = w.HTML(layout=w.Layout(width="100%")), w.HTML(layout=w.Layout(width="100%"))
+        self.path = w.Text(description="folder", style=LABELS, layout=w.Layout(flex="1 1 auto", width="auto"))
+        self.save = w.Button(description="Save pruned model", layout=w.Layout(width="160px"))
+        self.export = w.Button(description="Export as code", layout=w.Layout(width="160px"))
+        self.code = w.Textarea(rows=12, layout=w.Layout(width="100%", display="none"))
+        self.bars.layout = w.Layout(width="100%", overflow="auto hidden", align_items="flex-end", padding="4px 0")
+        f, wrap = self.fields, w.Layout(flex_flow="row wrap", width="100%")
+        self.widget = w.VBox(
+            [
+                w.HTML(CSS, layout=w.Layout(display="none")),
+                w.HBox([f["model"], f["kind"], f["metric"], f["bins"], f["k"], f["alpha"], f["first"]], layout=wrap),
+                w.HBox([f["text"]], layout=wrap),
+                f["pasted"],
+                f["prompt"],
+                w.HBox([self.what, self.fraction, self.stop]),
+                self.said,
+                self.legend,
+                self.bars,
+                w.HBox([self.slider, self.forget], layout=wrap),
+                self.table,
+                self.picture,
+                w.HBox([self.path, self.save, self.export], layout=w.Layout(width="100%")),
+                self.code,
+            ]
+        )
+        for field in f.values():
+            field.observe(self._ask, "value")
+        f["metric"].observe(self._metric, "value")
+        self.slider.observe(self._moved, "value")
+        for button, action in (
+            (self.stop, self._stopped),
+            (self.forget, self._forgotten),
+            (self.save, self._saved),
+            (self.export, self._exported),
+        ):
+            button.on_click(action)
+        self._options()
+
+    def _options(self) -> None:
+        have = self.explorer.settings.options(self.fields["metric"].value)
+        for name in ("bins", "k", "alpha"):
+            self.fields[name].layout.display = "" if name in have else "none"
+
+    def _rebuild(self) -> None:
+        """A button for each sub-block, as high as its importance on a symmetric logarithmic scale."""
+        importance = self.explorer.ranking.importance
+        unit = view.unit(importance)
+        scaled = {s: math.copysign(math.log1p(abs(value) / unit), value) for s, value in importance.items()}
+        below = max(0.0, -min(scaled.values()))
+        pixels = HEIGHT / (below + max(0.0, *scaled.values()) or 1)
+        columns, self._bars = [], {}
+        for sub_block, value in scaled.items():
+            height = max(6, round(abs(value) * pixels))  # low enough to look low, high enough to be hit
+            foot = round(below * pixels) - (height if value < 0 else 0)
+            bar = w.Button(layout=w.Layout(width="100%", height=f"{height}px", margin=f"0 0 {max(0, foot)}px 0"))
+            bar.add_class("entrodrop-bar")
+            bar.on_click(lambda _, sub_block=sub_block: self._clicked(sub_block))
+            self._bars[sub_block] = bar
+            label = w.Label(str(sub_block.layer), layout=w.Layout(width="100%"))
+            label.add_class("entrodrop-layer")
+            columns.append(
+                w.VBox(
+                    [bar, label],
+                    layout=w.Layout(flex="1 1 0", min_width="19px", max_width="34px", margin="0 1px", overflow="visible"),
+                )
+            )
+        self.bars.children = columns
+
+    def _draw(self) -> None:
+        """Everything that follows from the selection and can be drawn at once."""
+        with self._drawing:
+            if not (ranking := self.explorer.ranking):
+                return
+            drop, settings = self.choice.dropped, self.explorer.settings
+            for sub_block, bar in self._bars.items():
+                gone = sub_block in drop
+                by = ", by hand" if sub_block in self.choice.by_hand else ""
+                (bar.add_class if gone else bar.remove_class)("entrodrop-gone")
+                bar.tooltip = f"{sub_block}: {ranking.importance[sub_block]:.4g}, {'dropped' if gone else 'kept'}{by}"
+            least, most = self.choice.limits
+            self.slider.unobserve(self._moved, "value")
+            self.slider.max = max(most, self.slider.value)
+            self.slider.min, self.slider.value = least, self.choice.n
+            self.slider.max = most
+            self.slider.observe(self._moved, "value")
+            self.forget.disabled = not self.choice.by_hand
+            self.legend.value = (
+                f"<b>{html.escape(view.score_name(self.explorer))} of every {view.NAMES[settings.kind]}</b>, logarithmic in both directions "
+                "from zero; dropped ones are hatched. Click a bar to keep or drop it."
+            )
+            self.table.value = view.table(self.explorer, drop, view.COMPUTING if self.busy else view.MISSING)
+
+    def _redraw_picture(self) -> None:
+        drop = self.choice.dropped
+        least, most = self.choice.limits
+        counts = {n: self.choice.at(n) for n in range(least, most + 1)}
+        missing = view.COMPUTING if self.busy else view.MISSING
+        figure = view.picture(self.explorer, drop, counts, missing)
+        self.picture.value = view.image(figure, "Entropy curve, importance, perplexity and divergence against the number dropped")
+
+    # What a person does ---------------------------------------------------------------------------------------------------------
+
+    def _ask(self, *_) -> None:
+        wanted = replace(self.explorer.settings, **{name: field.value for name, field in self.fields.items()})
+        self._work(lambda: self._used(wanted))
+
+    def _metric(self, _) -> None:
+        self._options()
+        self.fields["alpha"].value = 1.0 if self.fields["metric"].value == "matrix" else 4.0
+
+    def _moved(self, change) -> None:
+        self.choice.n = change["new"]
+        self._work(self._measure)
+
+    def _clicked(self, sub_block: SubBlock) -> None:
+        self.choice.toggle(sub_block)
+        self._work(self._measure)
+
+    def _forgotten(self, _) -> None:
+        self.choice = Choice(self.choice.order, self.choice.n)
+        self._work(self._measure)
+
+    def _saved(self, _) -> None:
+        drop, path = self.choice.dropped, self.path.value
+
+        def save() -> None:
+            where = self.explorer.save(drop, path)
+            self.said.value = f"<p role='status'>Saved. <code>dropping.load({html.escape(repr(str(where)))})</code> reads it.</p>"
+            self._measure()
+
+        self._work(save)
+
+    def _exported(self, _) -> None:
+        if self.explorer.ranking:
+            self.code.value, self.code.layout.display = self.explorer.code(self.choice.dropped), ""
+
+    def _stopped(self, _) -> None:
+        self.background.cancel()
+
+    # What runs in the background ------------------------------------------------------------------------------------------------
+
+    def _work(self, job) -> None:
+        self.busy, self.said.value = True, ""
+        self._draw()
+        self.background.do(job)
+
+    def _used(self, wanted: Settings) -> None:
+        before = self.explorer.ranking
+        ranking = self.explorer.use(wanted)
+        if before is None or (ranking.order, ranking.importance) != (before.order, before.importance):
+            n = self.choice.n if before and before.importance.keys() == ranking.importance.keys() else len(ranking.importance) // 4
+            with self._drawing:
+                self.choice = Choice(ranking.order, n)
+                self._rebuild()
+        self._draw()
+        self._measure()
+
+    def _measure(self) -> None:
+        """The selection first, each number drawn when it is there; then all other counts, the nearest first, for the moves to come."""
+        explorer, drop, (least, most) = self.explorer, self.choice.dropped, self.choice.limits
+        self.path.value = explorer.folder(drop)
+        self._redraw_picture()
+        for step in (explorer.size, explorer.cost, explorer.sample):
+            for chosen in ((), drop):
+                step(chosen)
+                self._draw()
+        self._redraw_picture()
+        near = [self.choice.at(n) for n in sorted(range(least, most + 1), key=lambda n: abs(n - len(drop)))]
+        for steps in ((explorer.size, explorer.cost), (explorer.sample,)):
+            for chosen in near:
+                known = explorer.known(chosen)[1]
+                for step in steps:
+                    step(chosen)
+                if not known:
+                    self._redraw_picture()
+
+    def _progress(self, what: str, fraction: float | None) -> None:
+        self.what.value = what
+        self.fraction.value, self.fraction.bar_style = (fraction or 0), "info" if what else ""
+        self.stop.disabled = not what
+        if not what:
+            self.busy = False
+            self._draw()
+
+    def _failed(self, sentence: str) -> None:
+        self.said.value = f"<p class='entrodrop-error' role='alert'>{html.escape(sentence)}</p>"
+
+    def close(self) -> None:
+        """End the background thread and let the model go."""
+        self.background.close()
+
+
+_shown: list[Page] = []
+
+
+def show(explorer: Explorer) -> None:
+    """Show the explorer's widgets where there is a person to use them: a notebook that runs headless shows none, as they would be dead.
+
+    There is one page at a time: running the cell again ends the page before, whose model would stay in memory.
+    """
+    while _shown:
+        _shown.pop().close()
+    if not os.environ.get(HEADLESS):
+        _shown.append(Page(explorer))
+        display(_shown[0].widget)
