@@ -4,7 +4,8 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -91,8 +92,8 @@ class _Stoppable(StoppingCriteria):
 class Explorer:
     """One model at a time, what it has been asked, and what that gave: nothing is computed twice.
 
-    Slow methods (``use``, ``size``, ``cost``, ``sample``, ``save``) hold a lock, as a model without some sub-blocks is the model itself
-    for a while; ``known`` answers at once.
+    Slow methods (``use``, ``size``, ``cost``, ``sample``, ``save``) wait for each other, as a model without some sub-blocks is the
+    model itself for a while; ``known`` answers at once.
     """
 
     def __init__(self, profile: Profile | None = None):
@@ -100,9 +101,19 @@ class Explorer:
         self.settings = Settings(profile.model, text=profile.text, seed=profile.seed)
         small = profile.size == "smoke"
         self.calibration, self.evaluation = (profile.calibration, profile.evaluation) if small else (TOKENS, TOKENS)
-        self.lock = threading.RLock()
+        self._model_lock, self._queue = threading.Lock(), threading.Lock()
         self.model = self.tokenizer = self.ranking = None
         self._opened = ""
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Alone with the model. Who waits holds the queue, so that a thread with much to do cannot come back before it."""
+        with self._queue:
+            self._model_lock.acquire()
+        try:
+            yield
+        finally:
+            self._model_lock.release()
 
     def use(self, settings: Settings | None = None) -> Ranking:
         """Load the model and score the calibration text where these settings ask for it; the ranking.
@@ -112,7 +123,7 @@ class Explorer:
             ModelUnavailable: the model cannot be had here.
         """
         settings = settings or self.settings
-        with self.lock:
+        with self._turn():
             metrics = settings.metrics()
             if settings.model != self._opened:
                 self._open(settings)
@@ -162,7 +173,7 @@ class Explorer:
     def size(self, drop: Iterable[SubBlock]) -> Size:
         """Parameters and cache as counted on the model without these sub-blocks, not as computed from its config."""
         key = tuple(sorted(drop))
-        with self.lock:
+        with self._turn():
             if key not in self._sizes:
                 with dropping.dropped(self.model, key) as model:
                     ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
@@ -173,14 +184,14 @@ class Explorer:
 
     def cost(self, drop: Iterable[SubBlock]) -> Cost:
         """Loss and divergence from the dense model on held-out text."""
-        with self.lock:
+        with self._turn():
             return Cost(*self._cost(drop))
 
     @torch.inference_mode()
     def sample(self, drop: Iterable[SubBlock]) -> str:
         """What the model writes after the prompt, always taking the likeliest token."""
         key, prompt = tuple(sorted(drop)), self.settings.prompt
-        with self.lock:
+        with self._turn():
             if (key, prompt) not in self._samples:
                 if not prompt.strip():
                     raise ValueError("the prompt is empty: there is nothing to go on from")
@@ -195,11 +206,11 @@ class Explorer:
             return self._samples[key, prompt]
 
     def save(self, drop: Iterable[SubBlock], path: str) -> Path:
-        """Write the model without these sub-blocks to a folder for ``dropping.load``; a relative one is under the project's folder."""
+        """Write the model without these sub-blocks for ``dropping.load``; a relative folder is under the project's own."""
         if not path.strip():
             raise ValueError("name a folder to save the pruned model in")
         folder = ROOT / Path(path.strip()).expanduser()
-        with self.lock:
+        with self._turn():
             step("saving", 0, None)
             return dropping.save(dropping.remove(copy.deepcopy(self.model), drop), folder, self.tokenizer)
 
