@@ -47,7 +47,7 @@ class Background:
         self._closed = True
         self.cancel()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float | int) -> bool:
         """Whether all work is done within so many seconds."""
         return self._idle.wait(seconds)
 

@@ -225,15 +225,14 @@ class Remembered:
         """Loss and divergence without these sub-blocks. Raises ValueError as ``dropping.dropped``."""
         one = tuple(sorted(sub_blocks))
         if one not in self.found:
-            with dropped(self.model, one):
+            with dropped(self.model, one):  # refuses what cannot be dropped
                 pass
             self.found[one] = self._compared([replay.logits(self._last(i, one)) for i, replay in enumerate(self.replays)])
         return self.found[one]
 
     def _compared(self, logits: list[Tensor]) -> tuple[Estimate, Estimate]:
-        values = zip(*(reference.compare(one) for reference, one in zip(self.references, logits, strict=True)), strict=True)
-        nll, kl = (Estimate.of(torch.cat(value).double().cpu().numpy()) for value in values)
-        return nll, kl
+        values = zip(*(r.compare(one) for r, one in zip(self.references, logits, strict=True)), strict=True)
+        return tuple(Estimate.of(torch.cat(value).double().cpu().numpy()) for value in values)
 
     def _last(self, i: int, one: tuple[SubBlock, ...]) -> Tensor:
         """The state of batch ``i`` after the last layer, from the deepest layer whose input is known."""

@@ -1,7 +1,6 @@
 """The explorer as a person sees it: widgets that ask explorer.Explorer in the background and draw what it says."""
 
 import html
-import math
 import os
 import threading
 from dataclasses import replace
@@ -13,39 +12,24 @@ from . import explorer_view as view
 from . import scoring
 from .background import Background
 from .explorer import Explorer, Settings
+from .explorer_bars import CSS, Bars
 from .models import KNOWN
 from .progress import HEADLESS
 from .selection import Choice
 from .sub_blocks import KINDS, SubBlock
 
-HEIGHT = 130  # pixels from the lowest bar to the highest
-CSS = f"""<style>
-.entrodrop-bar {{ padding: 0; margin: 0; min-width: 0; border-radius: 2px 2px 0 0; background: {view.KEPT}; }}
-.entrodrop-bar.entrodrop-gone {{ border: 1px solid {view.DROPPED};
-  background: repeating-linear-gradient(45deg, #fff 0 3px, {view.DROPPED} 3px 5px); }}
-.entrodrop-layer {{ font-size: 11px; line-height: 14px; height: 16px; margin: 0; justify-content: center; overflow: visible; }}
-.entrodrop-layer .widget-label, .entrodrop-layer.widget-label {{ text-align: center; }}
-.entrodrop-table {{ border-collapse: collapse; font-size: 13px; line-height: 1.4; width: 100%; table-layout: fixed; }}
-.entrodrop-table th, .entrodrop-table td {{ text-align: left; vertical-align: top; padding: 3px 8px; overflow-wrap: anywhere; }}
-.entrodrop-table thead th {{ border-bottom: 1px solid #888; }}
-.entrodrop-computing {{ color: #a33; font-style: italic; }}
-.entrodrop-error {{ background: #fdecea; color: #7a1712; border-left: 4px solid #b3261e; padding: 4px 10px; line-height: 1.4; }}
-</style>"""
 LABELS = {"description_width": "initial"}
 
 
 class Page:
-    """The widgets of one explorer; ``widget`` is what is shown. A move is drawn at once, what it costs when it has been measured."""
+    """The widgets of one explorer; ``widget`` is what is shown. A move is drawn at once, its cost when it has been measured."""
 
     def __init__(self, explorer: Explorer):
         self.explorer, self.choice, self.busy = explorer, Choice([]), False
         self._drawing = threading.RLock()  # the page's events and the background both draw
-        self._bars: dict[SubBlock, w.Button] = {}
         self._build(explorer.settings)
         self.background = Background(self._progress, self._failed)
         self._ask()
-
-    # What a person sees ---------------------------------------------------------------------------------------------------------
 
     def _build(self, now: Settings) -> None:
         wide = w.Layout(width="auto", flex="1 1 250px", margin="2px 12px 2px 0")
@@ -85,7 +69,7 @@ class Page:
         }
         self.what, self.fraction = w.Label(layout=w.Layout(width="260px")), w.FloatProgress(max=1, layout=w.Layout(width="220px"))
         self.stop = w.Button(description="Cancel", tooltip="Stop what is being computed", layout=w.Layout(width="90px"))
-        self.said, self.bars, self.legend = w.HTML(), w.HBox(), w.HTML()
+        self.said, self.bars, self.legend = w.HTML(), Bars(self._clicked), w.HTML()
         self.slider = w.IntSlider(min=0, max=1, description="number dropped", style=LABELS, layout=w.Layout(width="70%"))
         self.forget = w.Button(
             description="Follow the ranking", tooltip="Forget what was kept or dropped by hand", layout=w.Layout(width="160px")
@@ -95,7 +79,6 @@ class Page:
         self.save = w.Button(description="Save pruned model", layout=w.Layout(width="160px"))
         self.export = w.Button(description="Export as code", layout=w.Layout(width="160px"))
         self.code = w.Textarea(rows=12, layout=w.Layout(width="100%", display="none"))
-        self.bars.layout = w.Layout(width="100%", overflow="auto hidden", align_items="flex-end", padding="4px 0")
         f, wrap = self.fields, w.Layout(flex_flow="row wrap", width="100%")
         self.widget = w.VBox(
             [
@@ -107,7 +90,7 @@ class Page:
                 w.HBox([self.what, self.fraction, self.stop]),
                 self.said,
                 self.legend,
-                self.bars,
+                self.bars.widget,
                 w.HBox([self.slider, self.forget], layout=wrap),
                 self.table,
                 self.picture,
@@ -133,42 +116,13 @@ class Page:
         for name in ("bins", "k", "alpha"):
             self.fields[name].layout.display = "" if name in have else "none"
 
-    def _rebuild(self) -> None:
-        """A button for each sub-block, as high as its importance on a symmetric logarithmic scale."""
-        importance = self.explorer.ranking.importance
-        unit = view.unit(importance)
-        scaled = {s: math.copysign(math.log1p(abs(value) / unit), value) for s, value in importance.items()}
-        below = max(0.0, -min(scaled.values()))
-        pixels = HEIGHT / (below + max(0.0, *scaled.values()) or 1)
-        columns, self._bars = [], {}
-        for sub_block, value in scaled.items():
-            height = max(6, round(abs(value) * pixels))  # low enough to look low, high enough to be hit
-            foot = round(below * pixels) - (height if value < 0 else 0)
-            bar = w.Button(layout=w.Layout(width="100%", height=f"{height}px", margin=f"0 0 {max(0, foot)}px 0"))
-            bar.add_class("entrodrop-bar")
-            bar.on_click(lambda _, sub_block=sub_block: self._clicked(sub_block))
-            self._bars[sub_block] = bar
-            label = w.Label(str(sub_block.layer), layout=w.Layout(width="100%"))
-            label.add_class("entrodrop-layer")
-            columns.append(
-                w.VBox(
-                    [bar, label],
-                    layout=w.Layout(flex="1 1 0", min_width="19px", max_width="34px", margin="0 1px", overflow="visible"),
-                )
-            )
-        self.bars.children = columns
-
     def _draw(self) -> None:
         """Everything that follows from the selection and can be drawn at once."""
         with self._drawing:
-            if not (ranking := self.explorer.ranking):
+            if not self.explorer.ranking:
                 return
             drop, settings = self.choice.dropped, self.explorer.settings
-            for sub_block, bar in self._bars.items():
-                gone = sub_block in drop
-                by = ", by hand" if sub_block in self.choice.by_hand else ""
-                (bar.add_class if gone else bar.remove_class)("entrodrop-gone")
-                bar.tooltip = f"{sub_block}: {ranking.importance[sub_block]:.4g}, {'dropped' if gone else 'kept'}{by}"
+            self.bars.mark(drop, self.choice.by_hand)
             least, most = self.choice.limits
             self.slider.unobserve(self._moved, "value")
             self.slider.max = max(most, self.slider.value)
@@ -177,8 +131,8 @@ class Page:
             self.slider.observe(self._moved, "value")
             self.forget.disabled = not self.choice.by_hand
             self.legend.value = (
-                f"<b>{html.escape(view.score_name(self.explorer))} of every {view.NAMES[settings.kind]}</b>, logarithmic in both directions "
-                "from zero; dropped ones are hatched. Click a bar to keep or drop it."
+                f"<b>{html.escape(view.score_name(self.explorer))} of every {view.NAMES[settings.kind]}</b>, logarithmic in both "
+                "directions from zero; dropped ones are hatched. Click a bar to keep or drop it."
             )
             self.table.value = view.table(self.explorer, drop, view.COMPUTING if self.busy else view.MISSING)
 
@@ -187,10 +141,8 @@ class Page:
         least, most = self.choice.limits
         counts = {n: self.choice.at(n) for n in range(least, most + 1)}
         missing = view.COMPUTING if self.busy else view.MISSING
-        figure = view.picture(self.explorer, drop, counts, missing)
+        figure = view.picture(self.explorer, drop, counts, missing, bars_too=False)
         self.picture.value = view.image(figure, "Entropy curve, importance, perplexity and divergence against the number dropped")
-
-    # What a person does ---------------------------------------------------------------------------------------------------------
 
     def _ask(self, *_) -> None:
         wanted = replace(self.explorer.settings, **{name: field.value for name, field in self.fields.items()})
@@ -229,26 +181,23 @@ class Page:
     def _stopped(self, _) -> None:
         self.background.cancel()
 
-    # What runs in the background ------------------------------------------------------------------------------------------------
-
     def _work(self, job) -> None:
         self.busy, self.said.value = True, ""
         self._draw()
         self.background.do(job)
 
     def _used(self, wanted: Settings) -> None:
-        before = self.explorer.ranking
-        ranking = self.explorer.use(wanted)
-        if before is None or (ranking.order, ranking.importance) != (before.order, before.importance):
-            n = self.choice.n if before and before.importance.keys() == ranking.importance.keys() else len(ranking.importance) // 4
+        ranking, drawn = self.explorer.use(wanted), self.bars.importance
+        if (ranking.order, ranking.importance) != (self.choice.order, drawn):
+            n = self.choice.n if ranking.importance.keys() == drawn.keys() else len(ranking.importance) // 4
             with self._drawing:
                 self.choice = Choice(ranking.order, n)
-                self._rebuild()
+                self.bars.draw(ranking.importance)
         self._draw()
         self._measure()
 
     def _measure(self) -> None:
-        """The selection first, each number drawn when it is there; then all other counts, the nearest first, for the moves to come."""
+        """The selection first, each number drawn when it is there; then all other counts, nearest first, for moves to come."""
         explorer, drop, (least, most) = self.explorer, self.choice.dropped, self.choice.limits
         self.path.value = explorer.folder(drop)
         self._redraw_picture()
@@ -286,9 +235,9 @@ _shown: list[Page] = []
 
 
 def show(explorer: Explorer) -> None:
-    """Show the explorer's widgets where there is a person to use them: a notebook that runs headless shows none, as they would be dead.
+    """Show the explorer where there is a person to use it: a notebook that runs headless shows nothing, as widgets would be dead.
 
-    There is one page at a time: running the cell again ends the page before, whose model would stay in memory.
+    One page at a time: running the cell again ends the page before, whose model would stay in memory.
     """
     while _shown:
         _shown.pop().close()

@@ -20,13 +20,20 @@ COMPUTING, MISSING = (
 NAMES = {"attention": "attention layer", "mlp": "MLP", "block": "block"}
 
 
-def picture(explorer: Explorer, drop: Sequence[SubBlock], counts: dict[int, Sequence[SubBlock]], missing: str = MISSING) -> Figure:
+def picture(
+    explorer: Explorer,
+    drop: Sequence[SubBlock],
+    counts: dict[int, Sequence[SubBlock]],
+    missing: str = MISSING,
+    bars_too: bool = True,
+) -> Figure:
     """Entropy curve, importance, and what dropping costs: perplexity and KL of the selections in ``counts`` that were measured."""
-    figure, axes = figures.panels(2, 2)
+    figure, axes = figures.panels(2, 2) if bars_too else figures.panels(1, 3, height=2.1)
     curve(axes[0], explorer)
-    bars(axes[1], explorer, drop)
-    costs(axes[2], explorer, drop, counts, missing, "perplexity", lambda cost: cost.loss.perplexity)
-    costs(axes[3], explorer, drop, counts, missing, "KL to dense (nats)", lambda cost: cost.kl.mean)
+    if bars_too:
+        bars(axes[1], explorer, drop)
+    costs(axes[-2], explorer, drop, counts, missing, "perplexity", lambda cost: cost.loss.perplexity)
+    costs(axes[-1], explorer, drop, counts, missing, "KL to dense (nats)", lambda cost: cost.kl.mean)
     return figure
 
 
@@ -34,31 +41,21 @@ def curve(axis: Axes, explorer: Explorer) -> None:
     """Entropy of the residual stream against the layers passed."""
     ranking = explorer.ranking
     axis.plot([position / 2 for position in range(len(ranking.curve))], ranking.curve, color=KEPT)
-    axis.set(title=f"{ranking.entropy} entropy of the stream", xlabel="layers passed", ylabel="entropy (nats)")
+    axis.set(title=f"{ranking.entropy} entropy", xlabel="layers passed", ylabel="entropy (nats)")
 
 
 def bars(axis: Axes, explorer: Explorer, drop: Sequence[SubBlock]) -> None:
     """Importance of every sub-block, the dropped ones hatched."""
     importance = explorer.ranking.importance
     for gone, colour, hatch in ((False, KEPT, ""), (True, "white", "//////")):
-        shown = [s for s in importance if (s in drop) == gone]
-        label = f"dropped ({len(shown)})" if gone else f"kept ({len(shown)})"
-        heights = [importance[s] for s in shown]
-        axis.bar(
-            [s.layer for s in shown],
-            heights,
-            color=colour,
-            edgecolor=DROPPED if gone else KEPT,
-            hatch=hatch,
-            linewidth=0.6,
-            label=label,
-        )
+        heights = {s.layer: value for s, value in importance.items() if (s in drop) == gone}
+        edge = DROPPED if gone else KEPT
+        axis.bar(list(heights), list(heights.values()), color=colour, edgecolor=edge, hatch=hatch, linewidth=0.6)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_yscale("symlog", linthresh=unit(importance))
     axis.yaxis.set_major_formatter("{x:g}")
-    settings = explorer.settings
-    axis.set(title=f"importance of each {NAMES[settings.kind]}", xlabel="layer", ylabel=score_name(explorer))
-    axis.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.55))
+    kind = NAMES[explorer.settings.kind]
+    axis.set(title=f"each {kind} (hatched: {len(drop)} dropped)", xlabel="layer", ylabel=score_name(explorer))
 
 
 def costs(axis: Axes, explorer: Explorer, drop: Sequence[SubBlock], counts: dict, missing: str, name: str, value) -> None:
@@ -73,7 +70,12 @@ def costs(axis: Axes, explorer: Explorer, drop: Sequence[SubBlock], counts: dict
         axis.text(len(drop), 0.5, f" {missing}", transform=axis.get_xaxis_transform(), color=DROPPED)
     if name == "perplexity":
         figures.log_scale(axis)
-    axis.set(title=f"{name}, held-out text", xlabel="number dropped", ylabel=name, xlim=(-0.5, max(max(counts), len(drop)) + 0.5))
+    axis.set(
+        title=f"{name.split(' (')[0]}, held-out text",
+        xlabel="number dropped",
+        ylabel=name,
+        xlim=(-0.5, max(max(counts), len(drop)) + 0.5),
+    )
 
 
 def unit(importance: dict[SubBlock, float]) -> float:
@@ -94,7 +96,7 @@ def rows(explorer: Explorer, drop: Sequence[SubBlock], missing: str = MISSING) -
     def shown(value, form) -> str:
         return missing if value is None else form(value)
 
-    def share(now: float, before: float | None) -> str:
+    def share(now: float | int, before: float | int | None) -> str:
         return f" ({now / before - 1:+.0%})" if before and drop else ""
 
     return [
@@ -114,13 +116,29 @@ def rows(explorer: Explorer, drop: Sequence[SubBlock], missing: str = MISSING) -
             shown(dense_size, lambda s: f"{s.cache / 1e6:.1f} MB"),
             shown(size, lambda s: f"{s.cache / 1e6:.1f} MB{share(s.cache, dense_size and dense_size.cache)}"),
         ),
-        (f"after “{explorer.settings.prompt}”", shown(dense_text, str), shown(told, str)),
+        (f"after “{explorer.settings.prompt}”", shown(dense_text, _line), shown(told, _line)),
     ]
+
+
+def _line(told: str) -> str:
+    return " ".join(told.split())
+
+
+def markdown(explorer: Explorer, drop: Sequence[SubBlock]) -> str:
+    """Dense beside pruned, as a table in Markdown."""
+    cells = [[html.escape(cell).replace("|", "&#124;") for cell in row] for row in rows(explorer, drop)]
+    head = f"| | dense | {without(explorer, drop)} |\n|---|---|---|"
+    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def without(explorer: Explorer, drop: Sequence[SubBlock]) -> str:
+    """The selection in words."""
+    return f"without {len(drop)} of {len(explorer.ranking.importance)} {NAMES[explorer.settings.kind]}s"
 
 
 def table(explorer: Explorer, drop: Sequence[SubBlock], missing: str = MISSING) -> str:
     """Dense beside pruned, as HTML."""
-    what = f"without {len(drop)} of {len(explorer.ranking.importance)} {NAMES[explorer.settings.kind]}s"
+    what = without(explorer, drop)
     lines = [
         f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(dense)}</td>"
         f"<td{' class=entrodrop-computing' if pruned == missing else ''}>{html.escape(pruned)}</td></tr>"
