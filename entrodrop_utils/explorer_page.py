@@ -194,13 +194,13 @@ class Page:
                 self.choice = Choice(ranking.order, n)
                 self.bars.draw(ranking.importance)
         self._draw()
+        self._redraw_picture()
         self._measure()
 
     def _measure(self) -> None:
         """The selection first, each number drawn when it is there; then all other counts, nearest first, for moves to come."""
         explorer, drop, (least, most) = self.explorer, self.choice.dropped, self.choice.limits
         self.path.value = explorer.folder(drop)
-        self._redraw_picture()
         for step in (explorer.size, explorer.cost, explorer.sample):
             for chosen in ((), drop):
                 step(chosen)

@@ -126,6 +126,6 @@ def screenshots() -> Path:
 def pytest_runtest_makereport(item, call):
     """A picture of the page when a test fails: what was wrong is mostly to be seen there."""
     report = yield
-    if report.failed and call.when == "call" and (page := item.funcargs.get("page")):
-        page.screenshot(path=item.funcargs["screenshots"] / f"{item.name}-failed.png", full_page=True)
+    if report.failed and (page := item.funcargs.get("page")):
+        page.screenshot(path=BUILD / "screenshots" / f"{item.name}-failed.png", full_page=True)
     return report

@@ -1,12 +1,13 @@
 """The notebooks where people use them: in JupyterLab, in a browser."""
 
 import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 from entrodrop_utils import dropping
-from entrodrop_utils.profiles import BUILD
 from entrodrop_utils.sub_blocks import find
 
 pytestmark = pytest.mark.browser
@@ -49,17 +50,77 @@ def number(said: str) -> float:
     return float(re.match(r"[\d.]+", said).group())
 
 
-def test_explorer(page, lab, copied, screenshots):
-    start = time.monotonic()
+@pytest.fixture
+def explorer(page, lab, copied):
+    """The explorer's notebook, run."""
     panel = opened(page, lab, copied("09_explorer.ipynb"))
-    page.evaluate("document.body.style.setProperty('--none', 0)")
+    start = time.monotonic()
     run_all(page)
     assert "KV cache" in finding(panel)
-    print(f"Run All: {time.monotonic() - start:.0f} s")
-    table = panel.locator(".entrodrop-table")
-    table.scroll_into_view_if_needed()
-    before = measured(panel)
+    print(f"Run All of 09 took {time.monotonic() - start:.0f} s")
+    panel.locator(".entrodrop-table").scroll_into_view_if_needed()
+    return panel
+
+
+def test_explorer(page, explorer, screenshots):
+    before = measured(explorer)
     page.screenshot(path=screenshots / "explorer.png")
-    panel.locator(".entrodrop-bar").first.scroll_into_view_if_needed()
-    page.screenshot(path=screenshots / "explorer-bars.png")
-    print(before)
+    slider = explorer.get_by_role("slider").first
+    n = int(slider.get_attribute("aria-valuenow"))
+    start = time.monotonic()
+    slider.press("ArrowRight")
+    page.get_by_text(f"without {n + 1} of 30 attention layers").first.wait_for()
+    moved = measured(explorer)
+    print(f"a move of the slider was answered after {time.monotonic() - start:.1f} s")
+    assert number(moved["parameters"]) < number(before["parameters"])
+    assert number(moved["kl"]) != number(before["kl"])
+    assert number(moved["cache"]) < number(before["cache"])
+    assert moved["text"]
+
+    bar = explorer.get_by_title("attention 16: ")
+    assert bar.get_attribute("title").endswith("kept")
+    bar.click()
+    page.get_by_text(f"without {n + 2} of 30 attention layers").first.wait_for()
+    clicked = measured(explorer)
+    assert explorer.get_by_title("attention 16: ").get_attribute("title").endswith("dropped by hand")
+    assert "entrodrop-gone" in bar.get_attribute("class")
+    assert number(clicked["perplexity"]) != number(moved["perplexity"])
+    page.screenshot(path=screenshots / "explorer-clicked.png")
+
+    explorer.get_by_role("button", name="Export as code").click()
+    explorer.get_by_role("button", name="Save pruned model").click()
+    said = explorer.get_by_role("status").filter(has_text="dropping.load(").inner_text()
+    page.screenshot(path=screenshots / "explorer-saved.png")
+    folder = Path(re.search(r"dropping.load\('(.+)'\)", said).group(1))
+    try:
+        saved = dropping.load(folder)
+    finally:
+        shutil.rmtree(folder)
+    assert {s.layer for s in find(saved, "attention")}.isdisjoint({16})
+    assert len(find(saved, "attention")) == 30 - n - 2
+    assert f"{saved.num_parameters() / 1e6:.1f} M" in clicked["parameters"]
+
+
+def test_explorer_says_what_is_wrong(page, explorer, screenshots):
+    model = explorer.get_by_role("combobox", name="model")
+    model.fill("nonsense")
+    model.press("Enter")
+    alert = explorer.get_by_role("alert")
+    alert.wait_for()
+    assert "unknown model 'nonsense': choose one of" in alert.inner_text()
+    model.scroll_into_view_if_needed()
+    page.screenshot(path=screenshots / "explorer-error.png")
+
+
+def test_another_notebook_with_a_parameter_changed(page, lab, copied, screenshots):
+    panel = opened(page, lab, copied("01_layerwise_entropy.ipynb"))
+    size = panel.locator(".cm-line").filter(has_text='size: str = "default"')
+    size.get_by_text('"default"').dblclick()
+    page.keyboard.type("smoke")
+    panel.locator(".cm-line").filter(has_text='size: str = "smoke"').or_(
+        panel.locator(".cm-line").filter(has_text="size: str = smoke")
+    ).wait_for()
+    run_all(page)
+    assert "bucket entropy" in finding(panel)
+    assert "4 windows of 64 tokens" in panel.inner_text()
+    page.screenshot(path=screenshots / "01-smoke.png")
