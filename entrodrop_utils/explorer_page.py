@@ -33,7 +33,6 @@ class Page:
 
     def _build(self, now: Settings) -> None:
         wide = w.Layout(width="auto", flex="1 1 250px", margin="2px 12px 2px 0")
-        small = w.Layout(width="120px")
         every = {"style": LABELS, "continuous_update": False}
         self.fields = {
             "model": w.Combobox(
@@ -48,10 +47,10 @@ class Page:
             "metric": w.Dropdown(
                 value=now.metric, options=list(scoring.METRICS), description="by", style=LABELS, layout=w.Layout(width="150px")
             ),
-            "bins": w.BoundedIntText(value=now.bins, min=2, max=1000, description="bins", layout=small, **every),
-            "k": w.BoundedIntText(value=now.k, min=1, max=1000, description="neighbour k", layout=small, **every),
+            "bins": w.BoundedIntText(value=now.bins, min=2, max=1000, description="bins", layout=w.Layout(width="130px"), **every),
+            "k": w.BoundedIntText(value=now.k, min=1, max=1000, description="neighbour k", layout=w.Layout(width="130px"), **every),
             "alpha": w.BoundedFloatText(
-                value=now.alpha, min=0.05, max=100, step=0.5, description="order alpha", layout=small, **every
+                value=now.alpha, min=0.05, max=100, step=0.5, description="order alpha", layout=w.Layout(width="130px"), **every
             ),
             "first": w.Checkbox(value=now.first, description="count the first token", indent=False, layout=w.Layout(width="170px")),
             "text": w.Combobox(
@@ -78,6 +77,7 @@ class Page:
         self.path = w.Text(description="folder", style=LABELS, layout=w.Layout(flex="1 1 auto", width="auto"))
         self.save = w.Button(description="Save pruned model", layout=w.Layout(width="160px"))
         self.export = w.Button(description="Export as code", layout=w.Layout(width="160px"))
+        self.saved = self.answer = w.HTML()
         self.code = w.Textarea(rows=12, layout=w.Layout(width="100%", display="none"))
         f, wrap = self.fields, w.Layout(flex_flow="row wrap", width="100%")
         self.widget = w.VBox(
@@ -95,8 +95,10 @@ class Page:
                 self.table,
                 self.picture,
                 w.HBox([self.path, self.save, self.export], layout=w.Layout(width="100%")),
+                self.saved,
                 self.code,
-            ]
+            ],
+            layout=w.Layout(padding="0 4px"),
         )
         for field in f.values():
             field.observe(self._ask, "value")
@@ -169,10 +171,10 @@ class Page:
 
         def save() -> None:
             where = self.explorer.save(drop, path)
-            self.said.value = f"<p role='status'>Saved. <code>dropping.load({html.escape(repr(str(where)))})</code> reads it.</p>"
+            self.saved.value = f"<p role='status'>Saved. <code>dropping.load({html.escape(repr(str(where)))})</code> reads it.</p>"
             self._measure()
 
-        self._work(save)
+        self._work(save, self.saved)
 
     def _exported(self, _) -> None:
         if self.explorer.ranking:
@@ -181,8 +183,10 @@ class Page:
     def _stopped(self, _) -> None:
         self.background.cancel()
 
-    def _work(self, job) -> None:
-        self.busy, self.said.value = True, ""
+    def _work(self, job, answer: w.HTML | None = None) -> None:
+        """Start a job, whose errors are shown in ``answer``: beside what was clicked."""
+        self.busy, self.answer = True, answer or self.said
+        self.said.value = self.saved.value = ""
         self._draw()
         self.background.do(job)
 
@@ -224,7 +228,7 @@ class Page:
             self._draw()
 
     def _failed(self, sentence: str) -> None:
-        self.said.value = f"<p class='entrodrop-error' role='alert'>{html.escape(sentence)}</p>"
+        self.answer.value = f"<p class='entrodrop-error' role='alert'>{html.escape(sentence)}</p>"
 
     def close(self) -> None:
         """End the background thread and let the model go."""

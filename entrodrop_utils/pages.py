@@ -12,7 +12,9 @@ from .rendered import available, finding
 # Pictures and tables never wider than the screen; code and tables scroll in themselves, so the page does not
 CSS = """
 <style>
-body { max-width: 60rem; margin: 0 auto; padding: 0 1rem; box-sizing: border-box; font-family: system-ui, sans-serif; line-height: 1.5; }
+body { max-width: 60rem; margin: 0 auto; padding: 0 1rem; box-sizing: border-box; }
+body, body > p > a { font-family: system-ui, sans-serif; line-height: 1.5; }
+a, a:visited { color: #0b5cad; }
 img, svg { max-width: 100%; height: auto; }
 body .jp-Cell, body .jp-Notebook { padding-left: 0; padding-right: 0; }
 body .jp-InputPrompt, body .jp-OutputPrompt { display: none; }
@@ -21,10 +23,15 @@ body .jp-RenderedHTMLCommon :is(h1, h2, a) { overflow-wrap: break-word; }
 body .jp-OutputArea-output, body .highlight { overflow-x: auto; }
 body .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; overflow-wrap: normal; font-size: 0.8rem; }
 body pre { font-size: 0.8rem; }
-@media (max-width: 40rem) { body .jp-RenderedHTMLCommon h1 { font-size: 1.5rem; } }
+@media (max-width: 40rem) {
+  body .jp-RenderedHTMLCommon h1 { font-size: 1.5rem; }
+  body .jp-RenderedHTMLCommon h2 { font-size: 1.25rem; line-height: 1.25; }
+  body .jp-RenderedHTMLCommon blockquote { margin: 1em 0; padding: 0 0 0 0.75em; }
+}
 </style>
 """
-HEAD = '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+HEAD = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{VIEWPORT}'
 
 
 def main() -> int:
@@ -45,7 +52,9 @@ def main() -> int:
         entries.append(f'<h2><a href="{path.stem}.html">{html.escape(title)}</a></h2><p>{found}</p>')
     if FIGURES.exists():
         shutil.copytree(FIGURES, folder / "figures")
-    index = f"{HEAD}<title>EntroDrop notebooks</title>{CSS}</head><body><h1>EntroDrop notebooks</h1>{''.join(entries)}</body></html>"
+    index = (
+        f"{HEAD}<title>EntroDrop notebooks</title>{CSS}</head><body><h1>EntroDrop notebooks</h1>{''.join(entries)}</body></html>"
+    )
     (folder / "index.html").write_text(index, encoding="utf-8")
     print(f"{len(entries)} notebooks in {folder.relative_to(ROOT)}: open {(folder / 'index.html').relative_to(ROOT)}")
     return 0

@@ -290,14 +290,19 @@ def test_the_page_says_what_is_wrong_and_goes_on(page):
     assert page.background.wait(60)
     assert page.said.value == ""
     assert "of 6 blocks" in page.table.value
+    assert [name for name in ("bins", "k", "alpha") if page.fields[name].layout.display != "none"] == ["bins"]
 
 
 def test_the_page_saves_and_exports(page, tmp_path):
     page.path.value = str(tmp_path / "saved")
     page.save.click()
     assert page.background.wait(60)
-    assert "dropping.load(" in page.said.value
+    assert "dropping.load(" in page.saved.value
     assert len(find(dropping.load(tmp_path / "saved"), "attention")) == 6 - len(page.choice.dropped)
+    page.save.click()
+    assert page.background.wait(60)
+    assert "role='alert'" in page.saved.value
+    assert "is not empty" in page.saved.value
     page.export.click()
     assert page.code.value == page.explorer.code(page.choice.dropped)
 

@@ -25,6 +25,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+TOKEN = "browser-tests"
 # No dialog about news, and every cell in the page, also those out of sight
 SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -69,7 +70,15 @@ def lab(tmp_path_factory):
     folders |= {"JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
     env = {**os.environ, **{key: str(home / name) for key, name in folders.items()}}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token="]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        f"--IdentityProvider.token={TOKEN}",
+    ]
     command += [f"--ServerApp.root_dir={ROOT}", "--ServerApp.port_retries=0", *(["--allow-root"] if os.geteuid() == 0 else [])]
     with open(home / "log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -77,7 +86,8 @@ def lab(tmp_path_factory):
     try:
         deadline = time.monotonic() + 90
         while not _answers(address):
-            assert server.poll() is None and time.monotonic() < deadline, (home / "log").read_text()
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.fail((home / "log").read_text())
             time.sleep(0.3)
         yield address
     finally:
@@ -90,13 +100,20 @@ def lab(tmp_path_factory):
 
 def _answers(address: str) -> bool:
     try:
-        return urllib.request.urlopen(f"{address}/api/status", timeout=5).status == 200
+        return bool(asked(address, "status"))
     except OSError:
         return False
 
 
+def asked(address: str, what: str, method: str = "GET"):
+    """What Lab's server answers."""
+    request = urllib.request.Request(f"{address}/api/{what}", headers={"Authorization": f"token {TOKEN}"}, method=method)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.loads(answer.read() or "null")
+
+
 @pytest.fixture
-def copied():
+def copied(lab):
     """Copies a notebook, without its outputs, to where Lab can open it; its path as Lab names it."""
     folder = BUILD / "browser"
     shutil.rmtree(folder, ignore_errors=True)
@@ -111,6 +128,8 @@ def copied():
         return str((folder / name).relative_to(ROOT))
 
     yield copy
+    for session in asked(lab, "sessions"):  # the next test has a fresh kernel, and this one's work ends
+        asked(lab, f"sessions/{session['id']}", "DELETE")
     shutil.rmtree(folder, ignore_errors=True)
 
 

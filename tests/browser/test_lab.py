@@ -15,7 +15,7 @@ pytestmark = pytest.mark.browser
 
 def opened(page, lab: str, path: str):
     """The notebook in Lab, its kernel ready; the panel that holds it."""
-    page.goto(f"{lab}/lab/tree/{path}?reset")
+    page.goto(f"{lab}/lab/tree/{path}?reset&token=browser-tests")
     panel = page.locator(".jp-NotebookPanel:visible")
     panel.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
     return panel
@@ -29,7 +29,7 @@ def run_all(page) -> None:
 def finding(panel) -> str:
     """The sentence of the last cell, once it is there."""
     last = panel.locator(".jp-CodeCell").last.locator(".jp-RenderedMarkdown")
-    last.wait_for(timeout=75_000)
+    last.wait_for(timeout=110_000)
     assert not panel.locator("[data-mime-type='application/vnd.jupyter.error'], .jp-OutputArea-error").count()
     return last.inner_text()
 
@@ -66,7 +66,7 @@ def test_explorer(page, explorer, screenshots):
     before = measured(explorer)
     page.screenshot(path=screenshots / "explorer.png")
     slider = explorer.get_by_role("slider").first
-    n = int(slider.get_attribute("aria-valuenow"))
+    n = int(float(slider.get_attribute("aria-valuenow")))
     start = time.monotonic()
     slider.press("ArrowRight")
     page.get_by_text(f"without {n + 1} of 30 attention layers").first.wait_for()
