@@ -26,6 +26,7 @@ class Page:
 
     def __init__(self, explorer: Explorer):
         self.explorer, self.choice, self.busy = explorer, Choice([]), False
+        self._suggested = ""
         self._drawing = threading.RLock()  # the page's events and the background both draw
         self._build(explorer.settings)
         self.background = Background(self._progress, self._failed)
@@ -204,7 +205,8 @@ class Page:
     def _measure(self) -> None:
         """The selection first, each number drawn when it is there; then all other counts, nearest first, for moves to come."""
         explorer, drop, (least, most) = self.explorer, self.choice.dropped, self.choice.limits
-        self.path.value = explorer.folder(drop)
+        if self.path.value in ("", self._suggested):  # a folder that a person named stays
+            self.path.value = self._suggested = explorer.folder(drop)
         for step in (explorer.size, explorer.cost, explorer.sample):
             for chosen in ((), drop):
                 step(chosen)
