@@ -11,10 +11,10 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce models fetch test test-all lint bench lab lock clean
+.PHONY: help env reproduce models fetch test test-all test-browser lint bench lab html lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  reproduce takes SIZE=smoke|default|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0"
 
 env: .venv/.current ## set up .venv from the lock file (nothing to do when it is current)
@@ -42,10 +42,13 @@ fetch: env ## bring MODEL=... here and check its hashes
 	@$(PY) -m entrodrop_utils.models fetch "$(MODEL)"
 
 test: env ## the tests, without the slow ones
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not browser"
 
 test-all: env ## all tests
 	$(PY) -m pytest
+
+test-browser: env ## JupyterLab in a headless Chromium or Chrome, skipped where there is none
+	$(PY) -m pytest -m browser -rs
 
 lint: env ## style of code and notebooks, and whether the committed notebooks read well
 	$(PY) -m ruff check .
@@ -57,6 +60,9 @@ bench: env ## speed of the estimators as ratios measured side by side
 
 lab: env ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
+
+html: env ## the committed notebooks as web pages in build/html
+	@$(PY) -m entrodrop_utils.pages
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .dropping import dropped
-from .progress import progress
+from .progress import progress, step
 from .sub_blocks import SubBlock, layers
 
+KEPT = 1 << 30  # bytes of states inside pruned models that Remembered keeps
 BATCH = 512  # tokens whose logits are held at a time: 100 MB at a vocabulary of 49,152
 
 
@@ -206,3 +207,47 @@ class _Replay:
         finally:
             for layer, forward in zip(blocks, before, strict=True):
                 layer.__dict__.pop("forward") if forward is None else setattr(layer, "forward", forward)
+
+
+class Remembered:
+    """Loss and divergence of one set of sub-blocks after another, on the same windows: what one has computed serves the next.
+
+    Kept are the dense model's states and predictions, every result, and the newest states inside pruned models.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"]):
+        _checked(windows)
+        self.model, self.states = model, {}
+        self.replays = [_Replay(model, ids.to(model.device)) for ids in progress(_batches(windows), "the dense model")]
+        self.references = [_Reference(replay.ids, replay.dense) for replay in self.replays]
+        self.found = {(): self._compared([replay.__dict__.pop("dense") for replay in self.replays])}
+
+    @torch.inference_mode()
+    def __call__(self, sub_blocks: Iterable[SubBlock]) -> tuple[Estimate, Estimate]:
+        """Loss and divergence without these sub-blocks. Raises ValueError as ``dropping.dropped``."""
+        one = tuple(sorted(sub_blocks))
+        if one not in self.found:
+            with dropped(self.model, one):  # refuses what cannot be dropped
+                pass
+            self.found[one] = self._compared([replay.logits(self._last(i, one)) for i, replay in enumerate(self.replays)])
+        return self.found[one]
+
+    def _compared(self, logits: list[Tensor]) -> tuple[Estimate, Estimate]:
+        values = zip(*(r.compare(one) for r, one in zip(self.references, logits, strict=True)), strict=True)
+        return tuple(Estimate.of(torch.cat(value).double().cpu().numpy()) for value in values)
+
+    def _last(self, i: int, one: tuple[SubBlock, ...]) -> Tensor:
+        """The state of batch ``i`` after the last layer, from the deepest layer whose input is known."""
+        replay, depth = self.replays[i], len(layers(self.model))
+        before = [tuple(s for s in one if s.layer < layer) for layer in range(depth + 1)]  # what the state there has lost
+        layer = next(n for n in range(depth, -1, -1) if not before[n] or (i, n, before[n]) in self.states)
+        state = self.states[i, layer, before[layer]] if before[layer] else replay.calls[layer][0]
+        for n in range(layer, depth):
+            step("perplexity and KL", i * depth + n, len(self.replays) * depth)
+            state = replay.layer(n, state, tuple(s for s in one if s.layer == n))
+            if before[n + 1]:
+                self.states[i, n + 1, before[n + 1]] = state
+        while len(self.states) * state.nbytes > KEPT:
+            del self.states[next(iter(self.states))]
+        return state

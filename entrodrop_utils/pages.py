@@ -1,0 +1,64 @@
+"""The notebooks as web pages, for reading without Jupyter: ``python -m entrodrop_utils.pages``."""
+
+import html
+import shutil
+
+import nbformat
+from nbconvert import HTMLExporter
+
+from .profiles import BUILD, FIGURES, ROOT
+from .rendered import available, finding
+
+# Pictures and tables never wider than the screen; code and tables scroll in themselves, so the page does not
+CSS = """
+<style>
+body { max-width: 60rem; margin: 0 auto; padding: 0 1rem; box-sizing: border-box; }
+body, body > p > a { font-family: system-ui, sans-serif; line-height: 1.5; }
+a, a:visited { color: #0b5cad; }
+img, svg { max-width: 100%; height: auto; }
+body .jp-Cell, body .jp-Notebook { padding-left: 0; padding-right: 0; }
+body .jp-InputPrompt, body .jp-OutputPrompt { display: none; }
+body .jp-RenderedHTMLCommon { font-size: 1rem; overflow-wrap: anywhere; }
+body .jp-RenderedHTMLCommon :is(h1, h2, a) { overflow-wrap: break-word; }
+body .jp-OutputArea-output, body .highlight { overflow-x: auto; }
+body .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; overflow-wrap: normal; font-size: 0.8rem; }
+body pre { font-size: 0.8rem; }
+@media (max-width: 40rem) {
+  body .jp-RenderedHTMLCommon h1 { font-size: 1.5rem; }
+  body .jp-RenderedHTMLCommon h2 { font-size: 1.25rem; line-height: 1.25; }
+  body .jp-RenderedHTMLCommon blockquote { margin: 1em 0; padding: 0 0 0 0.75em; }
+}
+</style>
+"""
+VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+HEAD = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">{VIEWPORT}'
+
+
+def main() -> int:
+    """Write a page for each notebook and an index of them to build/html."""
+    folder = BUILD / "html"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    exporter, entries = HTMLExporter(template_name="lab"), []
+    for path in available():
+        notebook = nbformat.read(path, as_version=4)
+        title = notebook.cells[0].source.split("\n")[0].lstrip("# ")
+        page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+        page = page.replace(".ipynb", ".html").replace("../figures/", "figures/").replace("../README.md", "index.html")
+        back = '<p><a href="index.html">All notebooks</a></p>'
+        page = page.replace("</head>", f"{CSS}</head>", 1).replace("<main>", f"{back}<main>", 1)
+        (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
+        found = html.escape(finding(notebook))
+        entries.append(f'<h2><a href="{path.stem}.html">{html.escape(title)}</a></h2><p>{found}</p>')
+    if FIGURES.exists():
+        shutil.copytree(FIGURES, folder / "figures")
+    index = (
+        f"{HEAD}<title>EntroDrop notebooks</title>{CSS}</head><body><h1>EntroDrop notebooks</h1>{''.join(entries)}</body></html>"
+    )
+    (folder / "index.html").write_text(index, encoding="utf-8")
+    print(f"{len(entries)} notebooks in {folder.relative_to(ROOT)}: open {(folder / 'index.html').relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

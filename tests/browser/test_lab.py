@@ -1,0 +1,139 @@
+"""The notebooks where people use them: in JupyterLab, in a browser."""
+
+import contextlib
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from entrodrop_utils import dropping
+from entrodrop_utils.sub_blocks import find
+
+pytestmark = pytest.mark.browser
+
+
+def _timeout() -> type[Exception]:
+    from playwright.sync_api import TimeoutError  # not at the top: without playwright these tests skip
+
+    return TimeoutError
+
+
+def opened(page, lab: str, path: str):
+    """The notebook in Lab, its kernel ready; the panel that holds it."""
+    page.goto(f"{lab}/lab/tree/{path}?reset&token=browser-tests")
+    panel = page.locator(".jp-NotebookPanel:visible")
+    panel.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    return panel
+
+
+def run_all(page, panel) -> None:
+    """Run All Cells; again where the first was sent before the kernel listened (its first cell, of imports, then stays waiting)."""
+    for _ in range(3):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        with contextlib.suppress(_timeout()):
+            panel.locator(".jp-InputPrompt").filter(has_text=re.compile(r"\[\d+\]:")).first.wait_for(timeout=25_000)
+            return
+    pytest.fail("the kernel runs nothing")
+
+
+def finding(panel) -> str:
+    """The sentence of the last cell, once it is there."""
+    last = panel.locator(".jp-CodeCell").last.locator(".jp-RenderedMarkdown")
+    last.wait_for(timeout=110_000)
+    assert not panel.locator("[data-mime-type='application/vnd.jupyter.error'], .jp-OutputArea-error").count()
+    return last.inner_text()
+
+
+def measured(panel, seconds: float = 60) -> dict[str, str]:
+    """The pruned column of the explorer's table, once everything in it has been measured."""
+    table = panel.locator(".entrodrop-table")
+    deadline = time.monotonic() + seconds
+    while "computing" in (said := table.inner_text()):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+    rows = [[cell.inner_text() for cell in row.locator("td").all()] for row in table.locator("tbody tr").all()]
+    names = ("perplexity", "kl", "parameters", "cache", "text")
+    return dict(zip(names, (pruned for _, pruned in rows), strict=True))
+
+
+def number(said: str) -> float:
+    return float(re.match(r"[\d.]+", said).group())
+
+
+@pytest.fixture
+def explorer(page, lab, copied):
+    """The explorer's notebook, run."""
+    panel = opened(page, lab, copied("09_explorer.ipynb"))
+    start = time.monotonic()
+    run_all(page, panel)
+    assert "KV cache" in finding(panel)
+    print(f"Run All of 09 took {time.monotonic() - start:.0f} s")
+    panel.locator(".entrodrop-table").scroll_into_view_if_needed()
+    return panel
+
+
+def test_explorer(page, explorer, screenshots):
+    before = measured(explorer)
+    page.screenshot(path=screenshots / "explorer.png")
+    slider = explorer.get_by_role("slider").first
+    n = int(float(slider.get_attribute("aria-valuenow")))
+    start = time.monotonic()
+    slider.press("ArrowRight")
+    page.get_by_text(f"without {n + 1} of 30 attention layers").first.wait_for()
+    moved = measured(explorer)
+    print(f"a move of the slider was answered after {time.monotonic() - start:.1f} s")
+    assert number(moved["parameters"]) < number(before["parameters"])
+    assert number(moved["kl"]) != number(before["kl"])
+    assert number(moved["cache"]) < number(before["cache"])
+    assert moved["text"]
+
+    bar = explorer.get_by_title("attention 16: ")
+    assert bar.get_attribute("title").endswith("kept")
+    bar.click()
+    page.get_by_text(f"without {n + 2} of 30 attention layers").first.wait_for()
+    clicked = measured(explorer)
+    assert explorer.get_by_title("attention 16: ").get_attribute("title").endswith("dropped by hand")
+    assert "entrodrop-gone" in bar.get_attribute("class")
+    assert number(clicked["perplexity"]) != number(moved["perplexity"])
+    page.screenshot(path=screenshots / "explorer-clicked.png")
+
+    explorer.get_by_role("button", name="Export as code").click()
+    explorer.get_by_role("button", name="Save pruned model").click()
+    said = explorer.get_by_role("status").filter(has_text="dropping.load(").inner_text()
+    page.screenshot(path=screenshots / "explorer-saved.png")
+    folder = Path(re.search(r"dropping.load\('(.+)'\)", said).group(1))
+    try:
+        saved = dropping.load(folder)
+    finally:
+        shutil.rmtree(folder)
+    assert {s.layer for s in find(saved, "attention")}.isdisjoint({16})
+    assert len(find(saved, "attention")) == 30 - n - 2
+    assert f"{saved.num_parameters() / 1e6:.1f} M" in clicked["parameters"]
+
+
+def test_explorer_says_what_is_wrong(page, explorer, screenshots):
+    model = explorer.get_by_role("combobox", name="model")
+    model.fill("nonsense")
+    model.press("Enter")
+    alert = explorer.get_by_role("alert")
+    alert.wait_for()
+    assert "unknown model 'nonsense': choose one of" in alert.inner_text()
+    model.scroll_into_view_if_needed()
+    page.screenshot(path=screenshots / "explorer-error.png")
+
+
+def test_another_notebook_with_a_parameter_changed(page, lab, copied, screenshots):
+    panel = opened(page, lab, copied("01_layerwise_entropy.ipynb"))
+    size = panel.locator(".cm-line").filter(has_text='size: str = "default"')
+    size.get_by_text('"default"').dblclick()
+    page.keyboard.type("smoke")
+    panel.locator(".cm-line").filter(has_text='size: str = "smoke"').or_(
+        panel.locator(".cm-line").filter(has_text="size: str = smoke")
+    ).wait_for()
+    run_all(page, panel)
+    assert "bucket entropy" in finding(panel)
+    assert "4 windows of 64 tokens" in panel.inner_text()
+    page.screenshot(path=screenshots / "01-smoke.png")
