@@ -22,7 +22,7 @@ def declared() -> set[str]:
 def test_conda_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
-    assert pip == ["-r requirements.lock", "--no-deps -e ."]
+    assert pip == ["-r requirements.lock", "-e ."]
     conda = {name(item) for item in environment["dependencies"] if isinstance(item, str)}
     assert conda == {"python", "pip"}
 
