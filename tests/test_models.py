@@ -467,6 +467,7 @@ def test_unknown_dtypes_and_devices_are_refused(tiny, tmp_path):
 @pytest.fixture
 def hub(server, tiny, tmp_path, monkeypatch):
     """The server as a hub with one model, and an empty cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # this hub is on this machine
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(
