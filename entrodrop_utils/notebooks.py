@@ -62,24 +62,17 @@ def execute(notebook: Path, parameters: dict, output: Path) -> nbformat.Notebook
     return cleaned(nbformat.read(run, as_version=4))
 
 
-def place(profile: Profile, rendered: Path | None) -> list[Path]:
+def place(profile: Profile, rendered: Path) -> list[Path]:
     """Move what a run made from its own folder to where it belongs, file by file, each in one step; where it went."""
-    moves = [(profile.output / "results" / profile.folder, RESULTS / profile.folder)]
-    moves.append((profile.output / "figures" / profile.folder, FIGURES / profile.folder))
-    went = []
-    for source, target in moves:
-        if not source.is_dir():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(source.iterdir()):
+    notebooks = NOTEBOOKS if is_default(profile) else BUILD / profile.folder
+    moves = [([rendered], notebooks)]
+    for made, target in (("results", RESULTS), ("figures", FIGURES)):
+        moves.append((sorted((profile.output / made / profile.folder).glob("*")), target / profile.folder))
+    for files, target in moves:
+        for file in files:
+            target.mkdir(parents=True, exist_ok=True)
             os.replace(file, target / file.name)
-        went.append(target.relative_to(ROOT))
-    if rendered:
-        target = NOTEBOOKS if is_default(profile) else BUILD / profile.folder
-        target.mkdir(parents=True, exist_ok=True)
-        os.replace(rendered, target / rendered.name)
-        went.insert(0, (target / rendered.name).relative_to(ROOT))
-    return went
+    return [(notebooks / rendered.name).relative_to(ROOT), *(target.relative_to(ROOT) for files, target in moves[1:] if files)]
 
 
 def is_default(profile: Profile) -> bool:

@@ -7,7 +7,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 from .profiles import BUILD, FIGURES, ROOT
-from .rendered import available, finding
+from .rendered import available, finding, title
 
 # Pictures and tables never wider than the screen; code and tables scroll in themselves, so the page does not
 CSS = """
@@ -42,14 +42,13 @@ def main() -> int:
     exporter, entries = HTMLExporter(template_name="lab"), []
     for path in available():
         notebook = nbformat.read(path, as_version=4)
-        title = notebook.cells[0].source.split("\n")[0].lstrip("# ")
-        page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+        page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title(notebook)}})
         page = page.replace(".ipynb", ".html").replace("../figures/", "figures/").replace("../README.md", "index.html")
         back = '<p><a href="index.html">All notebooks</a></p>'
         page = page.replace("</head>", f"{CSS}</head>", 1).replace("<main>", f"{back}<main>", 1)
         (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
         found = html.escape(finding(notebook))
-        entries.append(f'<h2><a href="{path.stem}.html">{html.escape(title)}</a></h2><p>{found}</p>')
+        entries.append(f'<h2><a href="{path.stem}.html">{html.escape(title(notebook))}</a></h2><p>{found}</p>')
     if FIGURES.exists():
         shutil.copytree(FIGURES, folder / "figures")
     index = (

@@ -38,6 +38,11 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def title(notebook: nbformat.NotebookNode) -> str:
+    """The heading that its first cell opens with."""
+    return notebook.cells[0].source.splitlines()[0].lstrip("# ")
+
+
 def finding(notebook: nbformat.NotebookNode) -> str:
     """The sentence that the cell tagged ``finding`` computed; empty when it has not run."""
     for cell in notebook.cells:
@@ -98,7 +103,7 @@ def _dead_links(notebook: nbformat.NotebookNode) -> list[str]:
 def index() -> None:
     """Bring up to date what depends on all notebooks: the README's tables, and the way from each notebook to the next."""
     books = {path: nbformat.read(path, as_version=4) for path in available()}
-    titles = {path: book.cells[0].source.splitlines()[0].lstrip("# ") for path, book in books.items()}
+    titles = {path: title(book) for path, book in books.items()}
     order = list(books)
     for number, path in enumerate(order):
         back = [f"← [{titles[p]}]({p.name})" for p in order[max(0, number - 1) : number]]

@@ -39,12 +39,12 @@ def stage_boundary(scores: pd.DataFrame, metric: str) -> int:
     It is the layer whose input has the least entropy (arXiv 2504.03794); 0 where the curve never falls.
     The curve follows from the increases of the blocks, up to a constant that does not matter here.
     """
-    return int(_boundaries(_block_increases(scores, metric).mean().to_numpy()[None])[0])
+    return int(_boundaries(_sequences(scores, metric, "block").mean().to_numpy()[None])[0])
 
 
 def stage_boundary_draws(scores: pd.DataFrame, metric: str, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """The stage boundary of resampled calibration sequences: how sure its place is."""
-    return _boundaries(bootstrap(_block_increases(scores, metric).to_numpy(), draws, seed))
+    return _boundaries(bootstrap(_sequences(scores, metric, "block").to_numpy(), draws, seed))
 
 
 def two_stage(scores: pd.DataFrame, metric: str, kind: str, n: int | None = None) -> list[SubBlock]:
@@ -62,10 +62,6 @@ def _sequences(scores: pd.DataFrame, metric: str, kind: str) -> pd.DataFrame:
         have = scores[["metric", "kind"]].drop_duplicates().agg(" of ".join, axis=1)
         raise ValueError(f"the scores do not hold {metric} of {kind}: they hold {', '.join(have)}")
     return chosen.pivot_table(index="sequence", columns="layer", values="value")
-
-
-def _block_increases(scores: pd.DataFrame, metric: str) -> pd.DataFrame:
-    return _sequences(scores, metric, "block")
 
 
 def _boundaries(increases: np.ndarray) -> np.ndarray:
