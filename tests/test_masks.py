@@ -2,12 +2,14 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_llama
 from families import ids, tiny
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from entrodrop_utils import scoring
 from entrodrop_utils.masks import attending
 from entrodrop_utils.residual import states
 from entrodrop_utils.sub_blocks import layers
@@ -92,3 +94,11 @@ def test_refusals_say_what_is_wrong(model, windows):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2 attention, which takes no mask"), attending(model, RULES["full"]):
         pass
+
+
+def test_scores_under_a_rule_are_not_those_kept_of_the_plain_model(model, windows):
+    plain = scoring.score(model, windows, ["bucket", "cosine"])
+    with attending(model, RULES["sliding window of 5"]):
+        limited = scoring.score(model, windows, ["bucket", "cosine"])
+    assert (limited.value - plain.value).abs().max() > 0.01
+    pd.testing.assert_frame_equal(scoring.score(model, windows, ["bucket", "cosine"]), plain)
