@@ -1,11 +1,18 @@
 """What encoders are used for: which passages are alike; and how far a pruned encoder still agrees with the dense one."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy.stats import rankdata
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .dropping import dropped
+from .progress import progress
+from .sub_blocks import SubBlock
 
 
 def halves(windows: Int[Tensor, "window token"], first: int | None, last: int | None) -> Int[Tensor, "half marked"]:
@@ -17,7 +24,7 @@ def halves(windows: Int[Tensor, "window token"], first: int | None, last: int | 
 
 
 @torch.inference_mode()
-def embed(model: nn.Module, ids: Int[Tensor, "sentence token"]) -> Float[Tensor, "sentence dim"]:
+def embed(model: PreTrainedModel, ids: Int[Tensor, "sentence token"]) -> Float[Tensor, "sentence dim"]:
     """Mean of the last states of each sentence, of length one."""
     mean = model.base_model(ids.to(model.device)).last_hidden_state.double().mean(1)
     return torch.nn.functional.normalize(mean, dim=-1).cpu()
@@ -41,3 +48,21 @@ def judge(dense: Float[Tensor, "half dim"], pruned: Float[Tensor, "half dim"]) -
         "found": (nearest == torch.arange(n).roll(n // 2)).double().numpy(),
     }
     return pd.DataFrame(each).groupby(np.arange(n) % (n // 2)).mean()
+
+
+def sweep(model: PreTrainedModel, ids: Int[Tensor, "half token"], sets: Iterable[Sequence[SubBlock]]) -> pd.DataFrame:
+    """The encoder without each of many sets of sub-blocks, judged against itself as it is; a set named twice is tried once.
+
+    Args:
+        ids: of ``halves``.
+    Returns:
+        set (the sorted tuple of its sub-blocks), window, agreement, distance, found.
+    Raises:
+        ValueError: as ``dropping.dropped``.
+    """
+    whole, tables = embed(model, ids), []
+    for one in progress(list(dict.fromkeys(tuple(sorted(one)) for one in sets)), "judging sets"):
+        with dropped(model, one):
+            judged = judge(whole, embed(model, ids))
+        tables.append(judged.rename_axis("window").reset_index().assign(set=[one] * len(judged)))
+    return pd.concat(tables)[["set", "window", "agreement", "distance", "found"]]

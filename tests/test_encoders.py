@@ -6,6 +6,7 @@ from families import ids, tiny
 from scipy.stats import spearmanr
 
 from entrodrop_utils import encoders
+from entrodrop_utils.sub_blocks import SubBlock
 
 
 def random_embeddings(seed, n=8):
@@ -50,3 +51,20 @@ def test_halves_share_no_token_and_stand_between_marks():
     assert marked.tolist() == [[1, 101, 102, 103, 2], [1, 109, 110, 111, 2], [1, 104, 105, 106, 2], [1, 112, 113, 114, 2]]
     bare = encoders.halves(windows, None, 2)
     assert bare.tolist()[0] == [101, 102, 103, 2]
+
+
+def test_sweep_judges_each_set_against_the_encoder_as_it_is():
+    model, tokens = tiny("BERT"), ids(6)
+    whole = encoders.embed(model, tokens)
+    sets = [(), (SubBlock(2, "mlp"), SubBlock(1, "attention")), (SubBlock(1, "attention"), SubBlock(2, "mlp"))]
+    table = encoders.sweep(model, tokens, sets)
+    assert len(table) == 2 * 3  # two different sets, three windows
+    np.testing.assert_allclose(table[table["set"] == ()].agreement, 1)
+    with torch.no_grad():  # by hand: the branches' last matrices add nothing
+        for part in (model.bert.encoder.layer[1].attention.output.dense, model.bert.encoder.layer[2].output.dense):
+            part.weight.zero_()
+            part.bias.zero_()
+    expected = encoders.judge(whole, encoders.embed(model, tokens))
+    found = table[table["set"] == tuple(sorted(sets[1]))]
+    np.testing.assert_allclose(found[["agreement", "distance", "found"]], expected, atol=1e-6)
+    assert expected.distance.min() > 1e-4
