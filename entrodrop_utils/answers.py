@@ -50,7 +50,7 @@ def answer(model: PreTrainedModel, questions: Sequence[Question], sets: Sequence
 
 
 def _rows(questions: list[Question], longest: int) -> list[Row]:
-    """The questions grouped by context, as long as a row stays within ``longest`` tokens; short rows first."""
+    """The questions grouped by context, a row within ``longest`` tokens; single ones last, short ones first."""
     groups: dict[tuple[int, ...], list[list[tuple[int, ...]]]] = {}
     for context, continuation in questions:
         rows = groups.setdefault(context, [[]])
@@ -58,7 +58,7 @@ def _rows(questions: list[Question], longest: int) -> list[Row]:
             rows.append([])
         rows[-1].append(continuation)
     found = [(context, tuple(row)) for context, rows in groups.items() for row in rows]
-    return sorted(found, key=lambda row: (_length(row), row))
+    return sorted(found, key=lambda row: (len(row[1]) == 1, _length(row), row))
 
 
 def _length(row: Row) -> int:
@@ -68,10 +68,14 @@ def _length(row: Row) -> int:
 
 
 def _batches(rows: list[Row]) -> Iterator[tuple[Row, ...]]:
-    """Rows in order, as many as fit into ``BATCH`` tokens when padded to the longest, which is the last."""
+    """Rows in order, as many as fit into ``BATCH`` tokens when padded to the longest, which is the last.
+
+    Single rows, which may be longer than those with several continuations, are by themselves: they need no mask of ours.
+    """
     batch: list[Row] = []
     for row in rows:
-        if batch and (len(batch) + 1) * _length(row) > BATCH:
+        single = bool(batch) and (len(batch[0][1]) == 1) != (len(row[1]) == 1)
+        if batch and (single or (len(batch) + 1) * _length(row) > BATCH):
             yield tuple(batch)
             batch = []
         batch.append(row)
@@ -115,6 +119,7 @@ def _inputs(rows: Sequence[Row], model: PreTrainedModel) -> tuple[Tensor, dict[s
     return ids.to(model.device), {name: tensor.to(model.device) for name, tensor in inputs.items()}, reads.to(model.device)
 
 
+@torch.inference_mode()
 def _longest_packed(model: PreTrainedModel) -> int:
     """How long a row with several continuations may be; 0 where packed rows do not give this model what single ones give."""
     row = ((1, 2, 3), ((4, 5, 6, 7), (8, 9, 8), (5, 4, 3)))

@@ -157,8 +157,8 @@ def tasks(
     Args:
         limit: at most so many items a task; a group of tasks shares them.
     Returns:
-        task, metric, value, stderr (the harness's own), chance (the accuracy of a guess; nan where there is none), n, note (why there is
-        no value where the data cannot be had).
+        task, metric, value, stderr (the harness's own), chance (the accuracy of a guess; nan where there is none), n, note (why
+        there is no value, where the data cannot be had).
     Raises:
         ValueError: a task that does not exist.
     """

@@ -14,7 +14,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from pathlib import Path
 
 import yaml
@@ -83,10 +83,12 @@ def pairs(rng: random.Random, phenomenon: str) -> Iterator[Item]:
         tries = (fill(template, lexicon, rng) for _ in range(1000))
         good, bad = pair = next((pair for pair in tries if pair not in seen), ("", ""))
         if not good:
-            raise ValueError(f"{phenomenon}: {template!r} gives too few sentences for {PAIRS} pairs: add a slot, words or templates")
+            raise ValueError(
+                f"{phenomenon}: {template!r} gives too few sentences for {PAIRS} pairs: add a slot, words or templates"
+            )
         seen.add(pair)
-        shared = os.path.commonprefix([good.split(" "), bad.split(" ")])
-        context = " ".join(shared)
+        both = zip(good.split(" "), bad.split(" "), strict=False)
+        context = " ".join(word for word, _ in takewhile(lambda words: words[0] == words[1], both))
         yield item(rng, context, good[len(context) :], [bad[len(context) :]])
 
 
@@ -139,7 +141,9 @@ def signatures(rng: random.Random) -> Iterator[Item]:
         for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.FunctionDef):
                 continue
-            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+            names = [
+                a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")
+            ]
             section = re.search(r"^Parameters\n-+\n(.*?)(\n\n\w+\n--|\Z)", ast.get_docstring(node) or "", re.M | re.S)
             described = re.findall(r"^(\w+) ?: ?([\w ]*)", section[1], re.M) if section else []
             if not 4 <= len(names) <= 8 or len(described) < 2 or not {name for name, _ in described} <= set(names):
@@ -162,7 +166,9 @@ def signatures(rng: random.Random) -> Iterator[Item]:
 def repetitions(rng: random.Random) -> Iterator[Item]:
     """Random words, one of them again at the end: what followed it the first time, among three others of the words."""
     lexicon = tomllib.loads(TEMPLATES.read_text(encoding="utf-8"))["lexicon"]
-    words = sorted({word for name in ("thing", "mass", "person", "man", "woman") for word in next(iter(lexicon[name].values())).split()})
+    words = sorted(
+        {word for name in ("thing", "mass", "person", "man", "woman") for word in next(iter(lexicon[name].values())).split()}
+    )
     for _ in range(MOST_ITEMS):
         drawn = rng.sample(words, 12)
         cue = rng.randrange(1, 10)
