@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import store
+from . import harness, local_tasks, store
 from .dropping import dropped
 from .progress import progress, step
 from .replay import BATCH, Bar, Replay, Set, distinct, written
@@ -147,6 +147,50 @@ def _losses(model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list
         rows.extend((written(one), i, float(nll[i]), float(kl[i])) for i in range(len(ids)))
         done()
     return pd.DataFrame(rows, columns=["set", "window", "nll", "kl"])
+
+
+def tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str], limit: int | None = None
+) -> pd.DataFrame:
+    """Scores of a model on tasks of lm-evaluation-harness, or on the suite's own (``local_tasks.NAMES``).
+
+    Args:
+        limit: at most so many items a task; a group of tasks shares them.
+    Returns:
+        task, metric, value, stderr (the harness's own), chance (the accuracy of a guess; nan where there is none), n, note (why
+        there is no value, where the data cannot be had).
+    Raises:
+        ValueError: a task that does not exist.
+    """
+    return task_sweep(model, tokenizer, names, [()], limit)[0].drop(columns="set")
+
+
+def task_sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Iterable[str],
+    sets: Iterable[Sequence[SubBlock]],
+    limit: int | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``tasks`` for the model without each of many sets of sub-blocks, doing once what they share; and every single item.
+
+    Returns:
+        set, then the columns of ``tasks``; and set, task, metric, item, value, which pairs the sets item by item.
+    """
+    names = list(names)
+    own = str(local_tasks.build()) if set(names) & set(local_tasks.NAMES) else ""
+    harness.check(names, own)
+    lm, scores, items = harness.Answers(model, tokenizer, sets), [], []
+    for name in names:
+        try:
+            found, single = harness.evaluate(lm, name, limit, own)
+            scores.append(found.assign(note=""))
+            items.append(single)
+        except harness.Unavailable as error:
+            scores.append(pd.DataFrame({"set": lm.sets, "task": name, "metric": "", "n": 0, "note": str(error)}))
+    columns = ["set", "task", "metric", "value", "stderr", "chance", "n", "note"]
+    empty = pd.DataFrame(columns=["set", "task", "metric", "item", "value"])
+    return pd.concat(scores, ignore_index=True).reindex(columns=columns), pd.concat(items, ignore_index=True) if items else empty
 
 
 class Remembered:
