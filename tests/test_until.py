@@ -61,8 +61,13 @@ def plain(windows, metric: str, kind: str, retention: float, protected: tuple[in
     return [SubBlock(layer, kind) for layer in gone[:best]], log
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp", "block"])
-@pytest.mark.parametrize(("metric", "retention", "protected"), [("bucket", 0.95, ()), ("cosine", 0.98, (0, 1))])
+SOME = [("attention", "bucket", 0.95, ()), ("mlp", "cosine", 0.98, (0, 1)), ("block", "bucket", 0.95, ())]
+MORE = [("attention", "cosine", 0.98, (0, 1)), ("mlp", "bucket", 0.95, ()), ("block", "cosine", 0.98, (0, 1))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "retention", "protected"), SOME + [pytest.param(*more, marks=pytest.mark.slow) for more in MORE]
+)
 def test_it_is_the_plain_loop(model, windows, kind, metric, retention, protected):
     found, log = selection.until(model, windows, SEARCH, metric, kind, retention, protected=protected)
     want, steps = plain(windows, metric, kind, retention, protected)
