@@ -175,7 +175,7 @@ def task_sweep(
     """``tasks`` for the model without each of many sets of sub-blocks, doing once what they share; and every single item.
 
     Returns:
-        set, then the columns of ``tasks``; and set, task, metric, item, value, which pairs the sets item by item.
+        set, then the columns of ``tasks``; and set, task, part (of a group), metric, item, value, which pairs sets item by item.
     """
     names = list(names)
     own = str(local_tasks.build()) if set(names) & set(local_tasks.NAMES) else ""
@@ -185,12 +185,15 @@ def task_sweep(
         try:
             found, single = harness.evaluate(lm, name, limit, own)
             scores.append(found.assign(note=""))
-            items.append(single)
+            items.append(single.rename(columns={"task": "part"}).assign(task=name))
         except harness.Unavailable as error:
             scores.append(pd.DataFrame({"set": lm.sets, "task": name, "metric": "", "n": 0, "note": str(error)}))
     columns = ["set", "task", "metric", "value", "stderr", "chance", "n", "note"]
-    empty = pd.DataFrame(columns=["set", "task", "metric", "item", "value"])
-    return pd.concat(scores, ignore_index=True).reindex(columns=columns), pd.concat(items, ignore_index=True) if items else empty
+    single = pd.concat(items, ignore_index=True) if items else pd.DataFrame()
+    return (
+        pd.concat(scores, ignore_index=True).reindex(columns=columns),
+        single.reindex(columns=["set", "task", "part", "metric", "item", "value"]),
+    )
 
 
 class Remembered:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .answers import answer
 from .replay import distinct
 from .sub_blocks import SubBlock
+from .text import quiet_datasets
 
 
 class Unavailable(RuntimeError):
@@ -142,7 +143,7 @@ def _items(found: dict) -> Iterator[tuple]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """The harness says nothing: a notebook shows what it is asked to show. Errors are raised, not printed."""
-    names = ("lm_eval", "datasets", "huggingface_hub")
+    names = ("lm_eval", "huggingface_hub")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -152,6 +153,7 @@ def quiet() -> Iterator[None]:
                 stack.enter_context(mock.patch(bar, lambda items, *_, **__: items))
             stack.enter_context(mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
             stack.enter_context(redirect_stdout(StringIO()))
+            stack.enter_context(quiet_datasets())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             yield

@@ -10,13 +10,14 @@ import os
 import random
 import re
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, islice, takewhile
 from pathlib import Path
 
+import pandas as pd
 import yaml
 from filelock import FileLock
 
@@ -52,43 +53,47 @@ def item(rng: random.Random, context: str, right: str, wrong: Iterable[str]) -> 
 # Minimal pairs
 
 
-def fill(template: str, lexicon: dict[str, dict[str, list[str]]], rng: random.Random) -> tuple[str, str]:
+@lru_cache
+def phenomena() -> dict[str, list[str]]:
+    """The kinds of minimal pairs and their templates; each kind is a task of its own, ``minimal_pairs_<phenomenon>``."""
+    return tomllib.loads(TEMPLATES.read_text(encoding="utf-8"))["phenomena"]
+
+
+@lru_cache
+def lexicon() -> dict[str, list[dict[str, str]]]:
+    """The entries of each list, by column."""
+    lists = tomllib.loads(TEMPLATES.read_text(encoding="utf-8"))["lexicon"]
+    split = {n: [words.split("/" if "/" in words else None) for words in columns.values()] for n, columns in lists.items()}
+    return {name: [dict(zip(lists[name], row, strict=True)) for row in zip(*split[name], strict=True)] for name in lists}
+
+
+def fill(template: str, lists: dict[str, list[dict[str, str]]], rng: random.Random) -> tuple[str, str]:
     """The grammatical and the ungrammatical sentence of a template, as ``data/minimal_pairs.toml`` explains it."""
     entries: dict[str, dict[str, str]] = {}
+    columns: dict[str, str] = {}
 
-    def word(slot: re.Match) -> str:
-        name, number, column = slot.groups()
-        if name + number not in entries:
-            columns = lexicon[name]
-            rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            entry = rng.choice([row for row in rows if not any(row.items() <= other.items() for other in entries.values())])
-            entries[name + number] = entry | {"": rng.choice(list(entry.values()))}
-        return entries[name + number][column]
-
-    filled = re.sub(r"\{([a-z_]+)(2?)\.?(\w*)\}", word, template)
-    variants = (re.sub(r"\[([^|]*)\|([^]]*)\]", rf"\{side}", filled) for side in (1, 2))
+    for slot, name, number, column in re.findall(r"(\{([a-z_]+)(2?)\.?(\w*)\})", template):
+        key = name + number
+        if key not in entries:
+            entries[key] = rng.choice([entry for entry in lists[name] if entry not in entries.values()])
+            columns[key] = rng.choice(list(entries[key]))
+        template = template.replace(slot, entries[key][column or columns[key]], 1)
+    variants = (re.sub(r"\[([^|]*)\|([^]]*)\]", rf"\{side}", template) for side in (1, 2))
     good, bad = (variant[0].upper() + variant[1:] for variant in variants)
     return good, bad
 
 
 def pairs(rng: random.Random, phenomenon: str) -> Iterator[Item]:
     """Distinct pairs, as many of each template. What both sentences begin with is the context: it adds the same to both."""
-    source = tomllib.loads(TEMPLATES.read_text(encoding="utf-8"))
-    lexicon = {
-        name: {column: words.split("/" if "/" in words else None) for column, words in columns.items()}
-        for name, columns in source["lexicon"].items()
-    }
     seen: set[tuple[str, str]] = set()
-    for template in islice(cycle(source["phenomena"][phenomenon]), PAIRS):
-        tries = (fill(template, lexicon, rng) for _ in range(1000))
+    for template in islice(cycle(phenomena()[phenomenon]), PAIRS):
+        tries = (fill(template, lexicon(), rng) for _ in range(1000))
         good, bad = pair = next((pair for pair in tries if pair not in seen), ("", ""))
         if not good:
-            raise ValueError(
-                f"{phenomenon}: {template!r} gives too few sentences for {PAIRS} pairs: add a slot, words or templates"
-            )
+            raise ValueError(f"{phenomenon}: {template!r} gives too few sentences for {PAIRS} pairs: add a slot or words to it")
         seen.add(pair)
-        both = zip(good.split(" "), bad.split(" "), strict=False)
-        context = " ".join(word for word, _ in takewhile(lambda words: words[0] == words[1], both))
+        shared = takewhile(lambda both: both[0] == both[1], zip(good.split(" "), bad.split(" "), strict=False))
+        context = " ".join(word for word, _ in shared)
         yield item(rng, context, good[len(context) :], [bad[len(context) :]])
 
 
@@ -119,15 +124,14 @@ def continuations(rng: random.Random) -> Iterator[Item]:
 
 
 def last_words(rng: random.Random) -> Iterator[Item]:
-    """Sentences of one paragraph whose last word, of four letters or more, they have had before."""
+    """Sentences of one paragraph whose last word, of three letters or more, they have had before; each such word once."""
     for _, document in text.documents("docs", "evaluation"):
         for paragraph in prose(document):
             sentences = re.split(r"(?<=\.) (?=[A-Z])", paragraph)
             spans = [sentences[first:last] for first in range(len(sentences)) for last in range(first + 1, len(sentences) + 1)]
             passages = [" ".join(span)[:-1].split(" ") for span in spans]
-            fit = [p for p in passages if 10 <= len(p) <= 32 and re.fullmatch("[a-z]{4,}", p[-1]) and p[-1] in p[:-1]]
-            if fit:
-                *context, word = rng.choice(fit)
+            fit = [p for p in passages if 8 <= len(p) <= 32 and re.fullmatch("[a-z]{3,}", p[-1]) and p[-1] in p[:-1]]
+            for *context, word in {p[-1]: p for p in rng.sample(fit, len(fit))}.values():
                 yield {"context": " ".join(context), "choices": [" " + word], "gold": 0}
 
 
@@ -141,9 +145,8 @@ def signatures(rng: random.Random) -> Iterator[Item]:
         for node in ast.walk(ast.parse(source)):
             if not isinstance(node, ast.FunctionDef):
                 continue
-            names = [
-                a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")
-            ]
+            arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
             section = re.search(r"^Parameters\n-+\n(.*?)(\n\n\w+\n--|\Z)", ast.get_docstring(node) or "", re.M | re.S)
             described = re.findall(r"^(\w+) ?: ?([\w ]*)", section[1], re.M) if section else []
             if not 4 <= len(names) <= 8 or len(described) < 2 or not {name for name, _ in described} <= set(names):
@@ -165,9 +168,8 @@ def signatures(rng: random.Random) -> Iterator[Item]:
 
 def repetitions(rng: random.Random) -> Iterator[Item]:
     """Random words, one of them again at the end: what followed it the first time, among three others of the words."""
-    lexicon = tomllib.loads(TEMPLATES.read_text(encoding="utf-8"))["lexicon"]
     words = sorted(
-        {word for name in ("thing", "mass", "person", "man", "woman") for word in next(iter(lexicon[name].values())).split()}
+        {next(iter(entry.values())) for name in ("thing", "mass", "person", "man", "woman") for entry in lexicon()[name]}
     )
     for _ in range(MOST_ITEMS):
         drawn = rng.sample(words, 12)
@@ -177,11 +179,6 @@ def repetitions(rng: random.Random) -> Iterator[Item]:
 
 
 # The folder that lm-evaluation-harness reads
-
-
-def phenomena() -> tuple[str, ...]:
-    """The kinds of minimal pairs; each is a task of its own, ``minimal_pairs_<phenomenon>``."""
-    return tuple(tomllib.loads(TEMPLATES.read_text(encoding="utf-8"))["phenomena"])
 
 
 CARDS = {
@@ -206,7 +203,6 @@ def read(file, **_):
     lines = Path(__file__).with_name(file).read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}
 '''
-METRICS = {"acc": ("mean", True), "perplexity": ("perplexity", False)}
 
 
 def build() -> Path:
@@ -220,19 +216,19 @@ def build() -> Path:
     TASKS.mkdir(parents=True, exist_ok=True)
     with FileLock(TASKS / f"{stamp}.lock"):
         if not folder.exists():
-            unfinished = Path(tempfile.mkdtemp(dir=TASKS, prefix="unfinished-"))
-            try:
-                write(unfinished)
-                os.replace(unfinished, folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = TASKS / f"{stamp}.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            write(unfinished)
+            os.replace(unfinished, folder)
     return folder
 
 
 def write(folder: Path) -> None:
     """All tasks, their items in an order that makes the first n a fair sample."""
-    leaks = {gram for part in ("calibration", "search") for _, document in text.documents("docs", part) for gram in grams(document)}
-    makers: dict[str, Iterator[Item]] = {
+    others = [document for part in ("calibration", "search") for _, document in text.documents("docs", part)]
+    leaks = {gram for document in progress(others, "reading the text that tasks must not share") for gram in grams(document)}
+    makers = {
         **{f"minimal_pairs_{p}": pairs(random.Random(p), p) for p in phenomena()},
         "docs_continuation": continuations(random.Random(1)),
         "docs_last_word": last_words(random.Random(2)),
@@ -242,34 +238,48 @@ def write(folder: Path) -> None:
     for name, made in progress(makers.items(), "building tasks"):
         items = list({whole(one): one for one in made if not any(grams(t) & leaks for t in whole(one))}.values())
         random.Random(name).shuffle(items)
-        lines = [json.dumps(one, ensure_ascii=False) for one in items[:MOST_ITEMS]]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        chance = CARDS.get(name, CARDS["minimal_pairs"]).chance
-        free = name == "docs_last_word"
-        setting = {
-            "task": name,
-            "dataset_kwargs": {"file": f"{name}.jsonl"},
-            "test_split": "test",
-            "output_type": "loglikelihood" if free else "multiple_choice",
-            "doc_to_text": "context",
-            **({"doc_to_target": "{{choices[0]}}"} if free else {"doc_to_choice": "choices", "doc_to_target": "gold"}),
-            "target_delimiter": "",
-            "metric_list": [
-                {"metric": metric, "aggregation": METRICS[metric][0], "higher_is_better": METRICS[metric][1]}
-                for metric in (("acc", "perplexity") if free else ("acc",))
-            ],
-            "metadata": {"version": 1.0, "chance": chance},
-        }
-        settings = yaml.safe_dump(setting, sort_keys=False) + "custom_dataset: !function rows.read\n"
-        (folder / f"{name}.yaml").write_text(settings, encoding="utf-8")
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in items[:MOST_ITEMS]]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        save(folder / f"{name}.yaml", settings(name), "custom_dataset: !function rows.read\n")
     group = {
         "group": "minimal_pairs",
         "task": [f"minimal_pairs_{p}" for p in phenomena()],
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
         "metadata": {"version": 1.0, "chance": CARDS["minimal_pairs"].chance},
     }
-    (folder / "minimal_pairs.yaml").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
+    save(folder / "minimal_pairs.yaml", group)
     (folder / "rows.py").write_text(READER, encoding="utf-8")
+
+
+def settings(name: str) -> dict:
+    """How lm-evaluation-harness runs a task; ``metadata`` holds its chance level."""
+    free = name == "docs_last_word"
+    target = {"doc_to_target": "{{choices[0]}}"} if free else {"doc_to_choice": "choices", "doc_to_target": "gold"}
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    if free:
+        metrics.append({"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False})
+    return {
+        "task": name,
+        "dataset_kwargs": {"file": f"{name}.jsonl"},
+        "test_split": "test",
+        "output_type": "loglikelihood" if free else "multiple_choice",
+        "doc_to_text": "context",
+        **target,
+        "target_delimiter": "",
+        "metric_list": metrics,
+        "metadata": {"version": 1.0, "chance": CARDS["minimal_pairs" if name.startswith("minimal_pairs_") else name].chance},
+    }
+
+
+def save(path: Path, content: dict, more: str = "") -> None:
+    """A YAML file; ``more`` is what plain YAML cannot say."""
+    path.write_text(yaml.safe_dump(content, sort_keys=False) + more, encoding="utf-8")
+
+
+def cards() -> pd.DataFrame:
+    """task, what it measures, chance level and number of items of each of ``NAMES``."""
+    counts = {name: sum(len(path.read_text().splitlines()) for path in build().glob(f"{name}*.jsonl")) for name in NAMES}
+    return pd.DataFrame([{"task": name, **vars(card), "items": counts[name]} for name, card in CARDS.items()])
 
 
 def whole(one: Item) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    name: str = "smollm2-135m-instruct", dtype: str = "float32", device: str = "auto"
+    name: str = "smollm2-135m-instruct", dtype: str | None = None, device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and its tokenizer.
 
@@ -40,17 +40,21 @@ def load(
     Args:
         name: a registered name (``data/profiles.toml``), a transformers folder (also one that ``dropping.save`` wrote), a ``.gguf``
             file, or a hub name, with ``@revision`` if not the newest.
-        dtype: of the weights; scores are float32 or better whatever it is.
-        device: ``cpu``, ``cuda``, ``mps``; ``auto`` takes the accelerator if there is one.
+        dtype: of the weights; None for what the registry says of a large model, float32 for all others. Scores are float32 or
+            better whatever it is.
+        device: ``cpu``, ``cuda``, ``mps``; ``auto`` takes the accelerator if there is one, and spreads a model over all that there
+            is where the registry says so.
     Raises:
         ValueError: an unknown name or dtype, or a device that is not there.
         ModelUnavailable: it cannot be had here, has its weights as pickles, needs code of its own, or lacks some weights; the
             message says what to do.
     """
     check(name)
+    known = KNOWN.get(name, {})
+    dtype = dtype or known.get("dtype", "float32")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    where = _device(device)
+    where, spread = _device(device), known.get("device_map") if device == "auto" else None
     path = folder(name)
     if not any(path.glob("*.safetensors")):
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
@@ -58,7 +62,7 @@ def load(
         raise ModelUnavailable(f"{name} {reason}: name a folder with safetensors (save_pretrained writes them) or a .gguf file")
     with quiet():
         try:
-            model = _read(path, DTYPES[dtype])
+            model = _read(path, dtype=DTYPES[dtype], device_map=spread)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises a dozen kinds
             if "trust_remote_code" in str(error):
@@ -69,7 +73,7 @@ def load(
                 f"{name} could not be loaded ({reason}); a model here is a config.json, whole safetensors and a tokenizer, of an "
                 "architecture that the installed transformers has"
             ) from error
-    return model.to(where).eval(), tokenizer
+    return (model if spread else model.to(where)).eval(), tokenizer
 
 
 def twin(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -88,15 +92,15 @@ def _device(name: str) -> torch.device:
     return torch.device(there[-1] if name == "auto" else name)
 
 
-def _read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _read(path: Path, **placed) -> PreTrainedModel:
     if json.loads((path / "config.json").read_text()).get("model_type", "").startswith("entrodrop-"):
         # Imported here: dropping stands after models on the one line of modules, and only a pruned folder needs it
         from .dropping import load as load_pruned
 
-        return load_pruned(path, dtype=dtype)
+        return load_pruned(path, **placed)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     model, info = _family(config).from_pretrained(
-        path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **placed
     )
     complete(info)
     return model

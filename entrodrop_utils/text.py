@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -133,25 +134,33 @@ def _documents(source: str) -> Iterator[tuple[str, str]]:
                 yield row["text"], row["text"]
 
 
-def _rows(source: str) -> Iterable[dict]:
-    """The rows of a .jsonl file or of a dataset of the hub, without the datasets library's own bars and notices."""
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """The datasets library without its own bars and notices."""
     verbosity, bars = datasets_logging.get_verbosity(), are_progress_bars_disabled()
-    datasets_logging.set_verbosity_error()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     disable_progress_bars()
-    name, config, split = HUB.get(source, (source, None, "train"))
     try:
-        if name.endswith(".jsonl"):
-            return load_dataset("json", data_files=str(Path(name).expanduser()), split="train")
-        return load_dataset(name, config, split=split, streaming=name == "allenai/c4")
-    except Exception as error:  # the datasets library raises a dozen kinds
-        raise ValueError(
-            f"the text {source} could not be loaded ({str(error).strip().splitlines()[0]}); a dataset of the hub needs the network "
-            "once, or a local hub cache (HF_HOME), a .jsonl file one JSON object a line"
-        ) from error
+        yield
     finally:
         datasets_logging.set_verbosity(verbosity)
         if not bars:
             enable_progress_bars()
+
+
+def _rows(source: str) -> Iterable[dict]:
+    """The rows of a .jsonl file or of a dataset of the hub."""
+    name, config, split = HUB.get(source, (source, None, "train"))
+    with quiet_datasets():
+        try:
+            if name.endswith(".jsonl"):
+                return load_dataset("json", data_files=str(Path(name).expanduser()), split="train")
+            return load_dataset(name, config, split=split, streaming=name == "allenai/c4")
+        except Exception as error:  # the datasets library raises a dozen kinds
+            raise ValueError(
+                f"the text {source} could not be loaded ({str(error).strip().splitlines()[0]}); a dataset of the hub needs the "
+                "network once, or a local hub cache (HF_HOME), a .jsonl file one JSON object a line"
+            ) from error
 
 
 def docs_files() -> list[tuple[str, Path]]:

@@ -63,7 +63,7 @@ def test_the_readmes_python_runs_as_written(smollm2, tmp_path, monkeypatch, caps
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         exec(code, space)
     assert "±" in capsys.readouterr().out
-    assert len(space["drop"]) == 4
+    assert len(space["drop"]) == 4 and len(space["most"]) == space["steps"].chosen.sum() < len(space["steps"])
     ids = torch.arange(40)[None]
     for loaded in ("smaller", "anywhere"):
         assert torch.equal(space[loaded](ids).logits, space["model"](ids).logits)

@@ -518,10 +518,24 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(answer, says, hub):
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [name for name, known in models.KNOWN.items() if "hub" in known])
+def test_a_registered_model_that_is_gated_says_whose_licence_to_accept(name, hub):
+    repository = models.KNOWN[name]["hub"]
+    hub.errors[f"/api/models/{repository}/revision/main"] = (401, "GatedRepo")
+    with pytest.raises(ModelUnavailable) as caught:
+        models.load(name)
+    wanted = (
+        f"{name} is gated: accept its licence at https://huggingface.co/{repository}, log in with `hf auth login` and try again"
+    )
+    assert str(caught.value) == wanted
+
+
 def test_the_registry_says_everything_about_every_model(capsys):
     for name, known in models.KNOWN.items():
         models.check(name)
         assert known["about"] and known["licence"] and known["source"] and known["megabytes"] > 0
+        assert known.get("dtype", "float32") in models.DTYPES and known.get("device_map", "auto") == "auto"
+        assert known["megabytes"] < 5000 or (known["dtype"] == "bfloat16" and known["device_map"]), "too large for one device"
         if "hub" in known:
             models.check(known["hub"])
         else:

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from families import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from entrodrop_utils import answers, dropping, evaluation, harness, local_tasks
 from entrodrop_utils.answers import answer
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.sub_blocks import SubBlock, find
 
+WORDS = ["the", "a", "cat", "dog", "sees", "hears", "runs", "sleeps", "big", "small", "red", "blue"]
 SETS = [(), (SubBlock(1, "attention"), SubBlock(3, "mlp")), (SubBlock(2, "block"),)]
 
 
@@ -120,12 +124,18 @@ def test_answers_are_kept_batch_by_batch(model, monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def tokenizer():
+    """One that knows twelve words."""
+    words = {word: n for n, word in enumerate(["?", *WORDS])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="?")), unk_token="?")
+
+
+@pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """Two tasks in a folder and a group of them: four choices, and a last word."""
     folder = tmp_path_factory.mktemp("tasks")
     rng = random.Random(0)
-    words = ["the", "a", "cat", "dog", "sees", "hears", "runs", "sleeps", "big", "small", "red", "blue"]
-    rows = [{"q": " ".join(rng.choices(words, k=5)), "c": [" " + w for w in rng.sample(words, 4)], "a": n % 4} for n in range(12)]
+    rows = [{"q": " ".join(rng.choices(WORDS, k=5)), "c": [" " + w for w in rng.sample(WORDS, 4)], "a": n % 4} for n in range(12)]
     (folder / "rows.json").write_text("\n".join(map(json.dumps, rows)))
     head = f"dataset_path: json\ndataset_kwargs: {{data_files: {folder}/rows.json}}\ntest_split: train\ndoc_to_text: q\n"
     choice = (
@@ -151,13 +161,13 @@ def test_scores_and_items_of_tasks(smollm2, own):
     means = items.groupby("set", sort=False).value.mean()
     assert scores.set_index("set").value.to_dict() == pytest.approx(means.to_dict())
     scores, items = harness.evaluate(lm, "word", None, own)
-    dense = scores[[one == () for one in scores.set]].set_index("metric")
+    dense = scores[scores.set.map(len) == 0].set_index("metric")
     assert (dense.chance["acc"], dense.n["acc"]) == (0, 12)
-    logprobs = items[(items.metric == "perplexity") & [one == () for one in items.set]].value
+    logprobs = items[(items.metric == "perplexity") & (items.set.map(len) == 0)].value
     assert dense.value["perplexity"] == pytest.approx(np.exp(-logprobs.mean()))
 
 
-def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own):
+def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tokenizer):
     with pytest.raises(ValueError, match=r"unknown task 'choice_on' .*alike: choice_one"):
         harness.check(["choice_on"], own)
 
@@ -169,7 +179,7 @@ def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own):
 
     monkeypatch.setattr(harness, "_manager", lambda _: Nothing())
     monkeypatch.setattr(harness, "Answers", lambda model, tokenizer, sets: type("LM", (), {"sets": list(sets)})())
-    found = evaluation.tasks(model, None, ["away"])
+    found = evaluation.tasks(model, tokenizer, ["away"])
     assert found.note.tolist() == ["the data of away cannot be had here (cannot reach the hub)"]
     assert found.n.tolist() == [0] and found.value.isna().all()
 
