@@ -2,5 +2,6 @@
 
 The modules are one straight line, each importing only those before it: profiles, progress, downloads, dequantise, sources, models,
 text, modeling_entrodrop, families, self_check, sub_blocks, residual, masks, entropy, similarity, scoring, selection, model_card,
-dropping, encoders, evaluation, figures, background, explorer, explorer_view, explorer_bars, explorer_page, rendered, pages, notebooks.
+dropping, encoders, evaluation, figures, background, explorer, explorer_view, explorer_bars, explorer_page, rendered, pages,
+notebooks.
 """
