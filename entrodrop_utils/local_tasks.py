@@ -172,8 +172,8 @@ def repetitions(rng: random.Random) -> Iterator[Item]:
         {next(iter(entry.values())) for name in ("thing", "mass", "person", "man", "woman") for entry in lexicon()[name]}
     )
     for _ in range(MOST_ITEMS):
-        drawn = rng.sample(words, 12)
-        cue = rng.randrange(1, 10)
+        drawn = rng.sample(words, 8)
+        cue = rng.randrange(1, 6)
         others = [word for place, word in enumerate(drawn) if place not in (cue, cue + 1)]
         yield item(rng, " ".join([*drawn, drawn[cue]]), " " + drawn[cue + 1], [" " + word for word in rng.sample(others, 3)])
 
