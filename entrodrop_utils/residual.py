@@ -53,8 +53,8 @@ def states(model: nn.Module, input_ids: Int[Tensor, "batch token"]) -> Float[Ten
 def attention_on_first(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> Float[np.ndarray, "layer"]:
     """The share of their attention that the later tokens of a window pay to its first one, layer by layer.
 
-    Mean over heads, over all queries but the first (which in a decoder has nothing else to look at), and over windows. The attention
-    sinks of "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453) show here.
+    Mean over heads, over all queries but the first (which in a decoder sees nothing else) and over windows. What shows here are the
+    attention sinks of "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the fused kernels do not hand out their weights
