@@ -62,14 +62,14 @@ def windows(source: str, part: str, tokenizer: Callable, size: Windows, seed: in
     """
     if part not in SHARES:
         raise ValueError(f"unknown part {part!r}: choose one of {', '.join(SHARES)}")
-    documents = list(_part(source, part))
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = [document for _, document in documents(source, part)]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     found: list[list[int]] = []
     text = ""
     for index in order:
         if len(found) == size.sequences:
             break
-        text = f"{text}\n\n{documents[index]}" if text else documents[index]
+        text = f"{text}\n\n{texts[index]}" if text else texts[index]
         # A token is at least one byte: far too short a text is not encoded, and far too long a one only in part
         if len(text.encode()) < size.tokens:
             continue
@@ -79,7 +79,7 @@ def windows(source: str, part: str, tokenizer: Callable, size: Windows, seed: in
             text = ""
     if len(found) < size.sequences:
         raise ValueError(
-            f"the {part} part of {source} ({len(documents)} documents) gives {len(found)} windows of {size.tokens} tokens, "
+            f"the {part} part of {source} ({len(texts)} documents) gives {len(found)} windows of {size.tokens} tokens, "
             f"{size.sequences} are needed: use more text or a smaller size"
         )
     return torch.tensor(found)
@@ -90,30 +90,34 @@ def digest(ids: Int[Tensor, "sequence token"]) -> str:
     return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()[:12]
 
 
+def belongs(key: str, part: str) -> bool:
+    """Whether the documents of this key (of ``docs``: the file they are from) are in the part."""
+    return hashlib.sha256(key.encode()).digest()[0] % 10 in SHARES[part]
+
+
 @lru_cache(maxsize=8)
-def _part(source: str, part: str) -> tuple[str, ...]:
-    """The documents of one part, without paragraphs that an earlier document, of any part, already had."""
+def documents(source: str, part: str) -> tuple[tuple[str, str], ...]:
+    """(key, text) of the documents of one part, without paragraphs that an earlier document, of any part, already had."""
     check(source)
     seen: set[bytes] = set()
-    kept: list[str] = []
+    kept: list[tuple[str, str]] = []
     for key, document in _documents(source):
-        tenth = hashlib.sha256(key.encode()).digest()[0] % 10
         fresh = []
         for paragraph in document.split("\n\n"):
             mark = hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=12).digest()
             if mark not in seen:
                 seen.add(mark)
                 fresh.append(paragraph)
-        if fresh and tenth in SHARES[part]:
-            kept.append("\n\n".join(fresh).strip())
-    return tuple(document for document in kept if document)
+        if fresh and belongs(key, part):
+            kept.append((key, "\n\n".join(fresh).strip()))
+    return tuple((key, document) for key, document in kept if document)
 
 
 def _documents(source: str) -> Iterator[tuple[str, str]]:
     """(key, text) of every document; documents with one key go into the same part."""
     path = Path(source).expanduser()
     if source == "docs":
-        for item in json.loads(_harvested().read_text(encoding="utf-8")):
+        for item in json.loads(harvested().read_text(encoding="utf-8")):
             yield item["file"], item["text"]
     elif path.suffix == ".txt":
         for document in path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n"):
@@ -150,24 +154,28 @@ def _rows(source: str) -> Iterable[dict]:
             enable_progress_bars()
 
 
-def _harvested() -> Path:
-    """The docstrings of the installed packages as one JSON file, harvested once per set of versions and never half-written."""
+def docs_files() -> list[tuple[str, Path]]:
+    """(key, path) of every file that ``docs`` is read from, sorted."""
     roots = [Path(importlib.util.find_spec(name).submodule_search_locations[0]) for name in DOCS_PACKAGES]
+    return sorted(
+        (f"{root.name}/{file.relative_to(root).as_posix()}", file)
+        for root in roots
+        for file in root.rglob("*.py")
+        if "tests" not in file.relative_to(root).parts
+    )
+
+
+def harvested() -> Path:
+    """The docstrings of the installed packages as one JSON file, harvested once per set of versions and never half-written."""
     versions = " ".join(f"{name}={_version(name)}" for name in DOCS_PACKAGES)
     stamp = hashlib.sha256(f"{versions} {SHORTEST}".encode()).hexdigest()[:12]
     path = DATA / "text" / f"docs-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            files = sorted(
-                (f"{root.name}/{file.relative_to(root).as_posix()}", file)
-                for root in roots
-                for file in root.rglob("*.py")
-                if "tests" not in file.relative_to(root).parts
-            )
             found = [
                 {"file": name, "text": text}
-                for name, file in progress(files, "reading docstrings")
+                for name, file in progress(docs_files(), "reading docstrings")
                 for text in _docstrings(file.read_bytes())
             ]
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as unfinished:

@@ -49,7 +49,7 @@ def test_parts_share_nothing(corpus):
 
 
 def test_a_repeated_paragraph_is_kept_once(corpus):
-    everything = "\n".join(d for part in text.SHARES for d in text._part(corpus, part))
+    everything = "\n".join(d for part in text.SHARES for _, d in text.documents(corpus, part))
     assert everything.count("All rights reserved") == 1
 
 
@@ -101,7 +101,7 @@ def test_a_broken_file_is_refused_in_one_sentence(tmp_path):
 
 
 def test_loading_is_silent(corpus, capfd):
-    text._part.cache_clear()
+    text.documents.cache_clear()
     text.windows(corpus, "calibration", Letters(), Windows(3, 20))
     assert capfd.readouterr() == ("", "")
 
@@ -116,7 +116,7 @@ def test_docstrings_are_those_of_the_running_interpreter():
 
 @pytest.mark.slow
 def test_docs_are_on_every_machine():
-    parts = {part: text._part("docs", part) for part in text.SHARES}
+    parts = {part: [d for _, d in text.documents("docs", part)] for part in text.SHARES}
     assert all(len(documents) > 500 for documents in parts.values())
     paragraphs = [set(p for d in documents for p in d.split("\n\n")) for documents in parts.values()]
     assert not paragraphs[0] & paragraphs[1] | paragraphs[1] & paragraphs[2] | paragraphs[0] & paragraphs[2]
