@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from . import store
@@ -171,6 +172,18 @@ def interval(table: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFrame:
     draws = bootstrap(wide.to_numpy(), seed=seed)
     low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     return pd.DataFrame({"mean": wide.mean(), "low": low, "high": high}).reset_index()
+
+
+def agreement(
+    one: Float[np.ndarray, "sequence layer"], other: Float[np.ndarray, "sequence layer"], draws: int = 200, seed: int = 0
+) -> tuple[float, float, float]:
+    """Kendall's tau between the rankings of two scores of the same layers, with its 95% interval.
+
+    Both scores are resampled together, sequence by sequence. Where a score is the same for all layers there is no ranking: nan.
+    """
+    pairs = zip(*(np.vstack([scores.mean(0), bootstrap(scores, draws, seed)]) for scores in (one, other)), strict=True)
+    tau, *drawn = (kendalltau(a, b).statistic for a, b in pairs)
+    return tau, *np.percentile(drawn, [2.5, 97.5])
 
 
 def verdict(low: float, high: float, goal: float = 0.0) -> str:

@@ -32,8 +32,10 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of a model as it is now: class, config, kind of device and every weight, so a dropped sub-block shows.
 
     Raises:
-        NotCacheable: weights that are not in memory (offloaded, or on the meta device).
+        NotCacheable: weights that are not in memory (offloaded, or on the meta device), or hooks, which can change all it computes.
     """
+    if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+        raise NotCacheable("hooks change what the model computes")
     config = model.config.to_json_string(use_diff=False) if hasattr(model, "config") else ""
     parts = [torch.__version__, type(model).__name__, config, getattr(model.config, "_attn_implementation", "")]
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:

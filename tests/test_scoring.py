@@ -86,3 +86,17 @@ def test_bootstrap_interval_against_a_plain_loop():
     means = [generator.choice(values, 40).mean() for _ in range(4000)]
     assert found["mean"] == pytest.approx(values.mean())
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.12)
+
+
+def test_agreement_counts_pairs_of_layers_in_the_same_order():
+    one, other = np.random.default_rng(0).normal(size=(2, 30, 7)) + np.arange(7)
+    a, b = one.mean(0), other.mean(0)
+    pairs = [(i, j) for i in range(7) for j in range(i)]
+    by_hand = np.mean([np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in pairs])
+    tau, low, high = scoring.agreement(one, other)
+    assert tau == pytest.approx(by_hand)
+    assert low <= tau <= high
+    assert low < high
+    assert scoring.agreement(one, one) == (1, 1, 1)
+    assert scoring.agreement(one, -one)[0] == -1
+    assert np.isnan(scoring.agreement(one, np.zeros_like(one))).all()
