@@ -44,6 +44,7 @@ class Profile:
     attention: Windows
     fractions: tuple[float, ...]
     random_draws: int
+    sensitivity: dict[str, Windows | int]
     output: Path
 
     @classmethod
@@ -60,8 +61,11 @@ class Profile:
         chosen = dict(SIZES[size])
         windows = {name: Windows(*chosen.pop(name)) for name in ("calibration", "evaluation", "twin", "attention")}
         fractions = tuple(chosen.pop("fractions"))
+        sensitivity = {k: Windows(*v) if isinstance(v, list) else v for k, v in chosen.pop("sensitivity").items()}
         folder = Path(output or os.environ.get(OUTPUT) or BUILD / "interactive")
-        return cls(model, size, text, seed, fractions=fractions, output=folder.resolve(), **windows, **chosen)
+        return cls(
+            model, size, text, seed, fractions=fractions, sensitivity=sensitivity, output=folder.resolve(), **windows, **chosen
+        )
 
     @property
     def folder(self) -> str:
