@@ -69,5 +69,5 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	build/lock/bin/python -m pip install --quiet --progress-bar off "torch==2.13.0" ".[dev]"
 	build/lock/bin/python -m pip freeze --all --exclude entrodrop-utils --exclude pip | sed 's/+cpu//' > requirements.lock
 
-clean: ## remove what can be made again, models and harvested text included
-	rm -rf build data/models data/text .pytest_cache .ruff_cache
+clean: ## remove what can be made again, models, text and scores included
+	rm -rf build data/models data/text data/tasks data/cache .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from . import store
 from .dropping import dropped
 from .progress import progress, step
+from .replay import BATCH, Bar, Replay, Set, distinct, written
 from .sub_blocks import SubBlock, layers
 
 KEPT = 1 << 30  # bytes of states inside pruned models that Remembered keeps
-BATCH = 512  # tokens whose logits are held at a time: 100 MB at a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
@@ -101,112 +102,51 @@ def sweep(model: PreTrainedModel, windows: Int[Tensor, "window token"], sets: It
     """Loss and divergence of the model without each of many sets of sub-blocks, doing once what they share.
 
     The sets form a tree over the layers: two that agree on the first n layers share the states up to there, and a set that is named
-    twice is evaluated once. The order inside a set does not matter; the empty set is the dense model.
+    twice, or was evaluated before on this model and text, is not evaluated again. The order inside a set does not matter; the empty
+    set is the dense model.
 
     Returns:
         set (the sorted tuple of its sub-blocks), window, nll, kl (nats per token).
     """
     _checked(windows)
-    chosen = list(dict.fromkeys(tuple(sorted(one)) for one in sets))
-    for one in chosen:
-        with dropped(model, one):  # refuses what cannot be dropped before anything is computed
-            pass
-    depth = len(layers(model))
-    by_layer = {one: [[] for _ in range(depth)] for one in chosen}
-    for one in chosen:
-        for sub_block in one:
-            by_layer[one][sub_block.layer].append(sub_block)
-    rows, first = [], 0
-    batches = _batches(windows)
-    with _Bar(len(chosen) * len(batches)) as done:
-        for ids in batches:
-            ids = ids.to(model.device)
-            replay = _Replay(model, ids)
-            reference = _Reference(ids, replay.dense)
-
-            def walk(layer: int, state: Tensor, group: list, replay=replay, reference=reference, first=first) -> None:
-                if layer == depth:
-                    nll, kl = reference.compare(replay.logits(state))
-                    rows.extend((group[0], first + i, float(nll[i]), float(kl[i])) for i in range(len(nll)))
-                    done()
-                    return
-                ways: dict[tuple, list] = {}
-                for one in group:
-                    ways.setdefault(tuple(by_layer[one][layer]), []).append(one)
-                for way, members in ways.items():
-                    walk(layer + 1, replay.layer(layer, state, way), members)
-
-            walk(0, replay.embedded, chosen)
+    chosen, batches = distinct(model, sets), _batches(windows)
+    named = {written(one): one for one in chosen}
+    found, first = [], 0
+    with Bar(len(chosen) * len(batches), "evaluating sets") as done:
+        base = _key(model)
+        for number, ids in enumerate(batches):
+            of = store.key(base, store.digest(ids)) if base else None
+            known = store.load("losses", of) if of else None
+            have = set() if known is None else set(known.set)
+            if missing := [one for name, one in named.items() if name not in have]:
+                rows = [] if known is None else [known]
+                rows.append(_losses(model, ids.to(model.device), missing, check=number == 0, done=done))
+                known = pd.concat(rows, ignore_index=True)
+                if of:
+                    store.keep("losses", of, known)
+            found.append(known[known.set.isin(list(named))].assign(window=known.window + first))
             first += len(ids)
+    table = pd.concat(found, ignore_index=True)
+    return table.assign(set=table.set.map(named))
+
+
+def _key(model: PreTrainedModel) -> str | None:
+    """What losses of this model are kept under; None for a model that has no key."""
+    with suppress(store.NotCacheable):
+        return store.key(store.code("replay", "modeling_entrodrop"), store.fingerprint(model))
+    return None
+
+
+def _losses(model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list[Set], check: bool, done) -> pd.DataFrame:
+    """Loss and divergence of every window of one batch without each set: set (written), window, nll, kl."""
+    replay, rows = Replay(model, ids, check), []
+    ((_, dense),) = replay.ends([()])
+    reference = _Reference(ids, replay.logits(dense))
+    for one, state in replay.ends(sets):
+        nll, kl = reference.compare(replay.logits(state))
+        rows.extend((written(one), i, float(nll[i]), float(kl[i])) for i in range(len(ids)))
+        done()
     return pd.DataFrame(rows, columns=["set", "window", "nll", "kl"])
-
-
-class _Bar:
-    """A progress bar advanced by calls, for work that is not a loop."""
-
-    def __init__(self, total: int):
-        self.steps = iter(progress(range(total), "evaluating sets"))
-        next(self.steps, None)
-
-    def __enter__(self):
-        return lambda: next(self.steps, None)
-
-    def __exit__(self, *_) -> None:
-        self.steps.close()
-
-
-class _Replay:
-    """Runs one batch through single layers of a model, with the masks and positions of one whole forward pass.
-
-    What a layer is given besides the state does not depend on what was dropped before it, so it is recorded once. A family in which
-    that is not so, or whose layers pass on more than the state, is noticed: the dense model is replayed and compared first.
-    """
-
-    def __init__(self, model: PreTrainedModel, ids: Tensor):
-        self.model, self.ids, self.calls = model, ids, []
-        handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in layers(model)]
-        try:
-            self.dense = model(ids, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.embedded = self.calls[0][0]
-        state = self.embedded
-        for layer in range(len(self.calls)):
-            state = self.layer(layer, state, ())
-        if not torch.allclose(self.logits(state), self.dense, rtol=1e-3, atol=1e-3 * float(self.dense.abs().max())):
-            raise RuntimeError(
-                f"{type(model).__name__} cannot be evaluated layer by layer: its layers share more than their states"
-            )
-
-    def _record(self, _, args: tuple, kwargs: dict) -> None:
-        kwargs = dict(kwargs)  # the layer still needs its own
-        state, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        self.calls.append((state, rest, kwargs))
-
-    def layer(self, index: int, state: Tensor, without: tuple[SubBlock, ...]) -> Tensor:
-        """The state after a layer, without some of its sub-blocks."""
-        if any(kind == "block" for _, kind in without):
-            return state
-        _, args, kwargs = self.calls[index]
-        layer = layers(self.model)[index]
-        with dropped(self.model, without) if without else nullcontext():
-            output = layer(state, *args, **kwargs)
-        self.more = output[1:] if isinstance(output, tuple) else None  # some families return more than the state
-        return output if self.more is None else output[0]
-
-    def logits(self, state: Tensor) -> Tensor:
-        """Final norm and head of a state: a forward pass in which every layer hands on that state."""
-        blocks = layers(self.model)
-        before = [layer.__dict__.get("forward") for layer in blocks]  # set where a model is spread over devices
-        handed_on = state if self.more is None else (state, *self.more)
-        try:
-            for layer in blocks:
-                layer.forward = lambda *args, **kwargs: handed_on
-            return self.model(self.ids, use_cache=False).logits
-        finally:
-            for layer, forward in zip(blocks, before, strict=True):
-                layer.__dict__.pop("forward") if forward is None else setattr(layer, "forward", forward)
 
 
 class Remembered:
@@ -219,9 +159,10 @@ class Remembered:
     def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"]):
         _checked(windows)
         self.model, self.states = model, {}
-        self.replays = [_Replay(model, ids.to(model.device)) for ids in progress(_batches(windows), "the dense model")]
-        self.references = [_Reference(replay.ids, replay.dense) for replay in self.replays]
-        self.found = {(): self._compared([replay.__dict__.pop("dense") for replay in self.replays])}
+        self.replays = [Replay(model, ids.to(model.device)) for ids in progress(_batches(windows), "the dense model")]
+        dense = [replay.logits(state) for replay in self.replays for _, state in replay.ends([()])]
+        self.references = [_Reference(replay.ids, one) for replay, one in zip(self.replays, dense, strict=True)]
+        self.found = {(): self._compared(dense)}
 
     @torch.inference_mode()
     def __call__(self, sub_blocks: Iterable[SubBlock]) -> tuple[Estimate, Estimate]:

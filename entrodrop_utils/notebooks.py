@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from . import models, text
+from . import ledger, models, text
 from .profiles import BUILD, DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, FIGURES, NOTEBOOKS, OUTPUT, RESULTS, ROOT, Profile
 from .progress import HEADLESS
 from .rendered import available, cleaned, index, problems, write
@@ -72,6 +72,7 @@ def place(profile: Profile, rendered: Path) -> list[Path]:
         for file in files:
             target.mkdir(parents=True, exist_ok=True)
             os.replace(file, target / file.name)
+    ledger.join(RESULTS / profile.folder)
     return [(notebooks / rendered.name).relative_to(ROOT), *(target.relative_to(ROOT) for files, target in moves[1:] if files)]
 
 

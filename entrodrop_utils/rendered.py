@@ -117,12 +117,12 @@ def index() -> None:
     for path in order:  # the sentence that stands above the figure
         if path.stem == HEADLINE:
             _put("headline", f"**What we find.** {'. '.join(finding(books[path]).split('. ')[:2])}.")
-    claims = [
-        (row.claim, row.source, f"{row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]", row.verdict)
-        for file in sorted((RESULTS / DEFAULT_MODEL / DEFAULT_SIZE).glob("*_claims.csv"))
-        for row in pd.read_csv(file).itertuples()
-    ]
-    _tabulate("claims", ["claim", "in the paper", "measured, 95% interval", "verdict"], claims)
+    if (file := RESULTS / DEFAULT_MODEL / DEFAULT_SIZE / "claims.csv").exists():
+        claims = [
+            (row.claim, row.source, row.published, f"{row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]", row.verdict)
+            for row in pd.read_csv(file, keep_default_na=False).itertuples()
+        ]
+        _tabulate("claims", ["claim", "in the paper", "published", "measured, 95% interval", "verdict"], claims)
     if (file := RESULTS / "families.csv").exists():
         families = pd.read_csv(file)
         _tabulate("families", families.columns, families.itertuples(index=False))

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from . import store
 from .entropy import ESTIMATORS, shared
 from .progress import progress
 from .residual import positions, watch
@@ -28,6 +30,7 @@ def without_first(metric: Metric) -> Metric:
     def shortened(*states: Tensor) -> Tensor:
         return metric(*(state[..., 1:, :] for state in states))
 
+    shortened.about = ("without the first token", metric)
     return shortened
 
 
@@ -66,10 +69,36 @@ def is_entropy(metric: Metric) -> bool:
     return sum(p.default is p.empty for p in inspect.signature(metric).parameters.values()) == 1
 
 
-def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], entropies: dict, similarities: dict, kinds, what: str):
-    """One forward pass a window; rows (what, key, metric, sequence, value). At most three states are alive at a time."""
-    of_position: list[tuple] = []
-    of_pair: list[tuple] = []
+def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dict, kinds: tuple, what: str) -> dict:
+    """Name -> table of every metric: position (an entropy) or kind and layer (a similarity), sequence, value.
+
+    What was measured before on this model and text is read from the store; the rest takes one forward pass a window.
+    """
+    keys = {}
+    try:
+        base = store.key(
+            store.code("entropy", "similarity", "residual", "self_check"), store.fingerprint(model), store.digest(windows)
+        )
+    except store.NotCacheable:
+        base = None
+    for name, metric in metrics.items():
+        with suppress(store.NotCacheable):
+            if base:
+                keys[name] = store.key(base, store.name(metric), "" if is_entropy(metric) else kinds)
+    found = {name: table for name, of in keys.items() if (table := store.load("scores", of)) is not None}
+    if missing := {name: metric for name, metric in metrics.items() if name not in found}:
+        for name, table in _pass(model, windows, missing, kinds, what).items():
+            found[name] = table
+            if name in keys:
+                store.keep("scores", keys[name], table)
+    return found
+
+
+def _pass(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dict, kinds: tuple, what: str) -> dict:
+    """The metrics by one forward pass a window. At most three states are alive at a time."""
+    entropies = {name: metric for name, metric in metrics.items() if is_entropy(metric)}
+    similarities = {name: metric for name, metric in metrics.items() if name not in entropies}
+    rows: dict[str, list[tuple]] = {name: [] for name in metrics}
     ends = {}
     for kind in kinds if similarities else ():
         for sub_block in find(model, kind):
@@ -83,16 +112,17 @@ def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], entropies
             alive.pop(position - 3, None)
             with shared():
                 for name, metric in entropies.items():
-                    of_position.append((position, name, sequence, float(metric(x))))
+                    rows[name].append((position, sequence, float(metric(x))))
             for start, sub_block in ends.get(position, ()):
                 for name, metric in similarities.items():
-                    of_pair.append((sub_block.kind, sub_block.layer, name, sequence, float(metric(alive[start], x))))
+                    rows[name].append((sub_block.kind, sub_block.layer, sequence, float(metric(alive[start], x))))
             if similarities:
                 alive[position] = x
 
         with watch(model, seen), torch.inference_mode():
             model.base_model(window[None].to(model.device), use_cache=False)
-    return of_position, of_pair
+    of = {name: ["position"] if name in entropies else ["kind", "layer"] for name in metrics}
+    return {name: pd.DataFrame(rows[name], columns=[*of[name], "sequence", "value"]) for name in metrics}
 
 
 def entropies(
@@ -106,8 +136,8 @@ def entropies(
     chosen = resolve(estimators)
     if wrong := [name for name, metric in chosen.items() if not is_entropy(metric)]:
         raise ValueError(f"{', '.join(wrong)} compares two states and has no value at one position: use scoring.score")
-    rows, _ = _measure(model, windows, chosen, {}, (), "entropy of the stream")
-    return pd.DataFrame(rows, columns=["position", "estimator", "sequence", "value"])
+    found = _measure(model, windows, chosen, (), "entropy of the stream")
+    return pd.concat([found[name].assign(estimator=name) for name in chosen])[["position", "estimator", "sequence", "value"]]
 
 
 def score(
@@ -127,19 +157,20 @@ def score(
         ValueError: an unknown metric or kind.
     """
     chosen, kinds = resolve(metrics), tuple(kinds)
-    single = {name: metric for name, metric in chosen.items() if is_entropy(metric)}
-    double = {name: metric for name, metric in chosen.items() if name not in single}
-    sub_blocks = [sub_block for kind in kinds for sub_block in find(model, kind)]
-    rows, pairs = _measure(model, windows, single, double, kinds, "scoring")
-    value = {(position, name, sequence): h for position, name, sequence, h in rows}
-    increases = [
-        (sub_block.kind, sub_block.layer, name, sequence, value[end, name, sequence] - value[start, name, sequence])
-        for sub_block in sub_blocks
-        for start, end in [positions(sub_block)]
-        for name in single
-        for sequence in range(len(windows))
-    ]
-    return pd.DataFrame(increases + pairs, columns=["kind", "layer", "metric", "sequence", "value"])
+    found, rows = _measure(model, windows, chosen, kinds, "scoring"), []
+    value = {name: table.set_index(list(table.columns[:-1])).value.to_dict() for name, table in found.items()}
+    sequences = range(len(windows))
+    for kind in kinds:
+        for sub_block in find(model, kind):
+            start, end = positions(sub_block)
+            for name, metric in chosen.items():
+                of = value[name]
+                if is_entropy(metric):
+                    values = [of[end, sequence] - of[start, sequence] for sequence in sequences]
+                else:
+                    values = [of[kind, sub_block.layer, sequence] for sequence in sequences]
+                rows += [(kind, sub_block.layer, name, sequence, v) for sequence, v in enumerate(values)]
+    return pd.DataFrame(rows, columns=["kind", "layer", "metric", "sequence", "value"])
 
 
 def bootstrap(values: Float[np.ndarray, "sample *rest"], draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw *rest"]:

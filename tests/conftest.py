@@ -30,6 +30,14 @@ def tiny_llama(layers: int = 6, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """What a test computes is computed, and not read from an earlier run."""
+    from entrodrop_utils import store
+
+    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+
+
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     return tiny_llama()

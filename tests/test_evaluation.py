@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -54,8 +55,19 @@ def test_shared_layers_are_run_once(model, windows):
     handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     evaluation.sweep(model, windows[:1], [[SubBlock(5, "attention")], [SubBlock(5, "mlp")], [SubBlock(5, "block")]])
     handle.remove()
-    # the recorded pass, the replay that checks it, its logits, the walk, and the logits of three sets (layers bypassed)
-    assert len(calls) == 3 + 1 + 3
+    # the recorded pass, the replay that checks it and its norm, the dense model and its logits, the walk; the logits of three sets
+    assert len(calls) == 6 + 3
+
+
+def test_what_was_evaluated_before_is_not_evaluated_again(model, windows, monkeypatch):
+    sets = [(), (SubBlock(1, "mlp"),), (SubBlock(2, "attention"), SubBlock(1, "attention"))]
+    first = evaluation.sweep(model, windows, sets)
+    again = evaluation.sweep(model, windows, [*sets, (SubBlock(3, "block"),)])
+    pd.testing.assert_frame_equal(again[again.set.isin(first.set)].reset_index(drop=True), first, check_exact=True)
+    monkeypatch.setattr(evaluation.Replay, "layer", lambda *_: pytest.fail("evaluated again"))
+    evaluation.sweep(model, windows, sets[::-1])
+    with dropped(model, [SubBlock(4, "mlp")]), pytest.raises(pytest.fail.Exception):
+        evaluation.sweep(model, windows, sets)  # another model
 
 
 def test_the_model_is_left_as_it_was(model, windows):

@@ -88,7 +88,7 @@ def test_nothing_is_computed_twice(explorer, monkeypatch):
     drop = explorer.ranking.order[:2]
     first = explorer.size(drop), explorer.cost(drop), explorer.sample(drop)
     monkeypatch.setattr(scoring, "score", lambda *_: pytest.fail("scored again"))
-    monkeypatch.setattr(evaluation._Replay, "layer", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(evaluation.Replay, "layer", lambda *_: pytest.fail("evaluated again"))
     monkeypatch.setattr(type(explorer.model), "generate", lambda *_, **__: pytest.fail("generated again"))
     changed(explorer, kind="block")
     assert (explorer.size(drop[::-1]), explorer.cost(drop[::-1]), explorer.sample(drop)) == first == explorer.known(drop)

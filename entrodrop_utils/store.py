@@ -1,0 +1,94 @@
+"""What was computed once and serves again: tables under data/cache, each under a key of all that it depends on.
+
+Scores and losses are pure functions of weights, tokens, settings and code, so all four are in the key and nothing ever has to be
+invalidated. A long run that is stopped goes on from here; deleting the folder (``make clean``) costs time only.
+"""
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from .profiles import DATA
+
+CACHE = DATA / "cache"
+
+
+def digest(tensor: Tensor) -> str:
+    """A hash of a tensor's dtype, shape and values."""
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{plain.dtype} {tuple(plain.shape)} ".encode()
+    return hashlib.sha256(head + plain.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model as it is now: class, config, kind of device and every weight, so a dropped sub-block shows.
+
+    Raises:
+        NotCacheable: weights that are not in memory (offloaded, or on the meta device).
+    """
+    config = model.config.to_json_string(use_diff=False) if hasattr(model, "config") else ""
+    parts = [torch.__version__, type(model).__name__, config, getattr(model.config, "_attn_implementation", "")]
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if weight.is_meta:
+            raise NotCacheable(f"{name} is not in memory")
+        parts.append(f"{name} {weight.device.type} {digest(weight)}")
+    return key(*parts)
+
+
+class NotCacheable(ValueError):
+    """Something has no key: it is computed anew each time."""
+
+
+def key(*parts: object) -> str:
+    """A hash of strings and numbers, in order."""
+    return hashlib.sha256("\x00".join(map(str, parts)).encode()).hexdigest()
+
+
+@functools.cache
+def code(*modules: str) -> str:
+    """A hash of the source of modules of this package: what they compute may change with it."""
+    here = Path(__file__).parent
+    return key(*((here / f"{module}.py").read_text(encoding="utf-8") for module in modules))
+
+
+def name(function: Callable) -> str:
+    """A function of this package as a string, with the settings of a partial and, where it has one, its attribute ``about``.
+
+    Raises:
+        NotCacheable: a function from elsewhere, whose code is not known.
+    """
+    if about := getattr(function, "about", None):  # of a wrapper: what it does, and to which function
+        return f"{about[0]} of {name(about[1])}"
+    if isinstance(function, functools.partial):
+        settings = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))]
+        return f"{name(function.func)}({', '.join(settings)})"
+    where = getattr(function, "__module__", None) or ""
+    if not where.startswith(f"{__package__}."):
+        raise NotCacheable(f"{function!r} is not a function of {__package__}")
+    return f"{where}.{function.__qualname__}"
+
+
+def load(folder: str, of: str) -> pd.DataFrame | None:
+    """The table that was kept under this key, or None."""
+    path = CACHE / folder / f"{of}.parquet"
+    return pd.read_parquet(path) if path.exists() else None
+
+
+def keep(folder: str, of: str, table: pd.DataFrame) -> None:
+    """Keep a table under this key, in one step: a run that is killed leaves no half of one."""
+    path = CACHE / folder / f"{of}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
+    os.close(handle)
+    try:
+        table.to_parquet(unfinished, index=False)
+        os.replace(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)

@@ -1,0 +1,77 @@
+"""The store: a key for all that a number depends on, and the same numbers with and without it."""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from entrodrop_utils import entropy, scoring, similarity, store
+from entrodrop_utils.dropping import dropped
+from entrodrop_utils.sub_blocks import SubBlock
+
+
+def test_what_is_kept_is_read_back_exactly():
+    table = pd.DataFrame({"a": [1, 2], "b": [0.1, np.nextafter(0.1, 1)], "c": ["x", "y"]})
+    assert store.load("some", "k") is None
+    store.keep("some", "k", table)
+    pd.testing.assert_frame_equal(store.load("some", "k"), table, check_exact=True)
+    assert [p.name for p in (store.CACHE / "some").iterdir()] == ["k.parquet"]
+
+
+def test_a_write_that_fails_leaves_nothing(monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(OSError, match="no space"):
+        store.keep("some", "k", pd.DataFrame({"a": [1]}))
+    assert not list((store.CACHE / "some").iterdir())
+
+
+def test_every_change_of_a_model_shows(model):
+    seen = {store.fingerprint(model)}
+    assert store.fingerprint(model) in seen
+    with dropped(model, [SubBlock(1, "mlp")]):
+        seen.add(store.fingerprint(model))
+    with dropped(model, [SubBlock(2, "block")]):
+        seen.add(store.fingerprint(model))
+    model.model.layers[3].mlp.up_proj.weight.data[0, 0] += 1e-3
+    seen.add(store.fingerprint(model))
+    model.config.rms_norm_eps *= 2
+    seen.add(store.fingerprint(model))
+    seen.add(store.fingerprint(model.double()))
+    assert len(seen) == 6
+
+
+def test_the_settings_of_a_metric_are_in_its_name():
+    metrics = [entropy.bucket, entropy.knn, similarity.cosine, partial(entropy.bucket, bins=10), partial(entropy.bucket, bins=40)]
+    metrics += [scoring.without_first(metric) for metric in metrics]
+    assert len({store.name(metric) for metric in metrics}) == len(metrics)
+    with pytest.raises(store.NotCacheable, match="is not a function of entrodrop_utils"):
+        store.name(lambda x: x)
+    with pytest.raises(store.NotCacheable):
+        store.name(scoring.without_first(lambda x: x))
+
+
+def test_scores_are_measured_once(model, windows):
+    calls = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    metrics = {"bucket": entropy.bucket, "cosine": similarity.cosine}
+    first = scoring.score(model, windows, metrics)
+    passes = len(calls)
+    again = scoring.score(model, windows, {"other name": entropy.bucket, **metrics})
+    assert len(calls) == passes
+    pd.testing.assert_frame_equal(again[again.metric != "other name"].reset_index(drop=True), first, check_exact=True)
+    scoring.score(model, windows, {**metrics, "knn": partial(entropy.knn, k=3)})  # one new metric: one more pass over the windows
+    assert len(calls) == passes + len(windows)
+    other = scoring.score(model, windows.flip(0), metrics)
+    assert not np.array_equal(other.value, first.value)
+    handle.remove()
+
+
+def test_a_metric_of_ones_own_is_measured_each_time(model, windows):
+    values = iter(range(10_000))
+    one, two = (scoring.entropies(model, windows[:1], {"mine": lambda x: torch.tensor(float(next(values)))}) for _ in range(2))
+    assert (two.value.min()) > one.value.max()
