@@ -185,14 +185,11 @@ def _harvested(source: str) -> Path:
 
 def _installed(texts: Callable[[bytes], Iterable[str]]) -> Iterator[tuple[str, str]]:
     """(file, text) of every text in the source of the installed packages."""
-    roots = [Path(importlib.util.find_spec(name).submodule_search_locations[0]) for name in PACKAGES]
-    files = sorted(
-        (f"{root.name}/{file.relative_to(root).as_posix()}", file)
-        for root in roots
-        for file in root.rglob("*.py")
-        if "tests" not in file.relative_to(root).parts
-    )
-    for name, file in progress(files, "reading installed packages"):
+    files = []
+    for name in PACKAGES:
+        root = Path(importlib.util.find_spec(name).submodule_search_locations[0])
+        files += [(f"{name}/{file.relative_to(root).as_posix()}", file) for file in root.rglob("*.py")]
+    for name, file in progress(sorted((n, f) for n, f in files if "/tests/" not in n), "reading installed packages"):
         yield from ((name, text) for text in texts(file.read_bytes()))
 
 
