@@ -45,6 +45,7 @@ class Profile:
     fractions: tuple[float, ...]
     random_draws: int
     search: Windows
+    sensitivity: dict[str, Windows | int]
     accuracy: dict[str, list | dict | int]
     output: Path
 
@@ -62,8 +63,11 @@ class Profile:
         chosen = dict(SIZES[size])
         windows = {name: Windows(*chosen.pop(name)) for name in ("calibration", "search", "evaluation", "twin", "attention")}
         fractions = tuple(chosen.pop("fractions"))
+        sensitivity = {k: Windows(*v) if isinstance(v, list) else v for k, v in chosen.pop("sensitivity").items()}
         folder = Path(output or os.environ.get(OUTPUT) or BUILD / "interactive")
-        return cls(model, size, text, seed, fractions=fractions, output=folder.resolve(), **windows, **chosen)
+        return cls(
+            model, size, text, seed, fractions=fractions, sensitivity=sensitivity, output=folder.resolve(), **windows, **chosen
+        )
 
     @property
     def folder(self) -> str:

@@ -54,7 +54,7 @@ def small_docs(tmp_path, monkeypatch):
         path.write_text(FUNCTION.format(n=n))
         files.append((f"package/{n}.py", path))
     monkeypatch.setattr(text, "documents", lambda source, part: tuple((f"package/{i}.py", d) for i, d in enumerate(parts[part])))
-    monkeypatch.setattr(text, "docs_files", lambda: files)
+    monkeypatch.setattr(text, "files", lambda: files)
     monkeypatch.setattr(local_tasks, "PAIRS", 4)
     monkeypatch.setattr(local_tasks, "MOST_ITEMS", 12)
     folder = tmp_path / "tasks"
