@@ -6,7 +6,11 @@ leading dimensions, accumulates in float64 and returns one number per sequence. 
 the constants of its published code where they differ from the textbook's.
 """
 
+import functools
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float, Num
@@ -26,6 +30,40 @@ def _checked(x: Num[Tensor, "*batch token dim"], needs: int = 2) -> Float[Tensor
     return x if x.dtype in (torch.float32, torch.float64) else x.double()
 
 
+_SHARED: ContextVar[dict | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """While open, what several estimators need of one state (distances, spectrum) is computed once.
+
+    So many k, or many alpha, cost little more than one. States must not be changed in place meanwhile; what was computed, and
+    the states, are held until it closes.
+    """
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, whose results are remembered while ``shared`` is open."""
+
+    @functools.wraps(function)
+    def remembered(x: Tensor) -> Tensor:
+        if (known := _SHARED.get()) is None:
+            return function(x)
+        # An address tells tensors apart as long as all of them are held
+        key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+        if key not in known:
+            known[key] = x, function(x)
+        return known[key][1]
+
+    return remembered
+
+
+@_once
 def squared_distances(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
     """Pairwise squared Euclidean distances in float64; exact zero between duplicates.
 
@@ -37,8 +75,8 @@ def squared_distances(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*b
     gram = x @ x.mT
     norm = gram.diagonal(dim1=-2, dim2=-1)
     scale = norm.unsqueeze(-1) + norm.unsqueeze(-2)
-    d2 = scale - 2 * gram
-    return torch.where(d2 > 1e-12 * scale, d2, 0.0)
+    d2 = gram.mul_(-2).add_(scale)
+    return d2.masked_fill_(d2 <= scale.mul_(1e-12), 0.0)
 
 
 def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, "*batch"]:
@@ -120,16 +158,21 @@ def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tenso
     """
     if alpha <= 0 or alpha == 1:
         raise ValueError(f"alpha must be positive and not 1 (the limit is not defined for this estimator), got {alpha}")
-    x = _checked(x).double()
+    log_mean = torch.logsumexp((alpha - 1) * _log_kernel(_checked(x)), dim=(-2, -1)) - 2 * math.log(x.shape[-2])
+    return log_mean / (1 - alpha)
+
+
+@_once
+def _log_kernel(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
+    """Log of the Gaussian kernel between standardised tokens, its sigma their median distance."""
+    x = x.double()
     centred = x - x.mean(-2, keepdim=True)
     std = x.std(-2, keepdim=True)
     d2 = squared_distances(torch.where(std > 0, centred / std, 0.0))
     upper = torch.triu_indices(x.shape[-2], x.shape[-2], offset=1, device=x.device)
     sigma2 = d2[..., upper[0], upper[1]].sqrt().median(-1).values.square()[..., None, None]
     # sigma = 0: more than half of the pairs coincide; only they keep K = 1, whatever the bandwidth
-    log_kernel = torch.where(d2 > 0, -d2 / (2 * sigma2), 0.0)
-    log_mean = torch.logsumexp((alpha - 1) * log_kernel, dim=(-2, -1)) - 2 * math.log(x.shape[-2])
-    return log_mean / (1 - alpha)
+    return torch.where(d2 > 0, -d2 / (2 * sigma2), 0.0)
 
 
 def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
@@ -180,15 +223,21 @@ def matrix(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Float[Tens
     """
     if alpha <= 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
-    x = _checked(x).double()
+    eigenvalue = _spectrum(_checked(x))
+    if alpha == 1:
+        return -torch.special.xlogy(eigenvalue, eigenvalue).sum(-1)
+    return eigenvalue.pow(alpha).sum(-1).log() / (1 - alpha)
+
+
+@_once
+def _spectrum(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch eigenvalue"]:
+    """Eigenvalues of the token Gram matrix, which sum to 1; those of the covariance are the same but for zeros."""
+    x = x.double()
     gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if (trace == 0).any():
         raise ValueError("all states of a sequence are zero: their Gram matrix has no trace to normalise by")
-    eigenvalue = torch.linalg.eigvalsh(gram / trace[..., None, None]).clamp(min=0)
-    if alpha == 1:
-        return -torch.special.xlogy(eigenvalue, eigenvalue).sum(-1)
-    return eigenvalue.pow(alpha).sum(-1).log() / (1 - alpha)
+    return torch.linalg.eigvalsh(gram / trace[..., None, None]).clamp(min=0)
 
 
 ESTIMATORS = {"bucket": bucket, "knn": knn, "renyi": renyi, "gaussian": gaussian, "matrix": matrix}

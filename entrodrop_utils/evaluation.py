@@ -1,7 +1,7 @@
 """What dropping costs on held-out text: loss, perplexity and divergence from the dense model, with standard errors."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -150,12 +150,12 @@ def _losses(model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list
 
 
 def tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str], limit: int | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str], limit: int | Mapping[str, int] | None = None
 ) -> pd.DataFrame:
     """Scores of a model on tasks of lm-evaluation-harness, or on the suite's own (``local_tasks.NAMES``).
 
     Args:
-        limit: at most so many items a task; a group of tasks shares them.
+        limit: at most so many items a task, or of each task by name; a group of tasks shares them.
     Returns:
         task, metric, value, stderr (the harness's own), chance (the accuracy of a guess; nan where there is none), n, note (why
         there is no value, where the data cannot be had).
@@ -170,7 +170,7 @@ def task_sweep(
     tokenizer: PreTrainedTokenizerBase,
     names: Iterable[str],
     sets: Iterable[Sequence[SubBlock]],
-    limit: int | None = None,
+    limit: int | Mapping[str, int] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """``tasks`` for the model without each of many sets of sub-blocks, doing once what they share; and every single item.
 
@@ -183,7 +183,7 @@ def task_sweep(
     lm, scores, items = harness.Answers(model, tokenizer, sets), [], []
     for name in names:
         try:
-            found, single = harness.evaluate(lm, name, limit, own)
+            found, single = harness.evaluate(lm, name, limit.get(name) if isinstance(limit, Mapping) else limit, own)
             scores.append(found.assign(note=""))
             items.append(single.rename(columns={"task": "part"}).assign(task=name))
         except harness.Unavailable as error:

@@ -138,7 +138,7 @@ def last_words(rng: random.Random) -> Iterator[Item]:
 def signatures(rng: random.Random) -> Iterator[Item]:
     """Functions with their parameters, the section of the docstring that describes them begun, and which name comes next."""
     seen: set[str] = set()
-    for file, path in text.docs_files():
+    for file, path in text.files():
         source = path.read_bytes()
         if not text.belongs(file, "evaluation") or not re.search(rb"Parameters\s+-", source):
             continue
@@ -172,8 +172,8 @@ def repetitions(rng: random.Random) -> Iterator[Item]:
         {next(iter(entry.values())) for name in ("thing", "mass", "person", "man", "woman") for entry in lexicon()[name]}
     )
     for _ in range(MOST_ITEMS):
-        drawn = rng.sample(words, 12)
-        cue = rng.randrange(1, 10)
+        drawn = rng.sample(words, 8)
+        cue = rng.randrange(1, 6)
         others = [word for place, word in enumerate(drawn) if place not in (cue, cue + 1)]
         yield item(rng, " ".join([*drawn, drawn[cue]]), " " + drawn[cue + 1], [" " + word for word in rng.sample(others, 3)])
 
@@ -211,7 +211,7 @@ def build() -> Path:
     ``lm_eval.tasks.TaskManager(include_path=build())`` knows ``NAMES`` and the phenomena.
     """
     sources = (Path(__file__), Path(text.__file__), TEMPLATES)
-    stamp = hashlib.sha256(text.harvested().name.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    stamp = hashlib.sha256(text.harvested("docs").name.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     folder = TASKS / stamp
     TASKS.mkdir(parents=True, exist_ok=True)
     with FileLock(TASKS / f"{stamp}.lock"):

@@ -32,7 +32,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Profile:
-    """One run. ``calibration`` text ranks the sub-blocks; ``evaluation`` text, disjoint from it, says what dropping costs."""
+    """One run. ``calibration`` text ranks the sub-blocks, ``search`` text chooses, ``evaluation`` text says what it costs."""
 
     model: str
     size: str
@@ -44,6 +44,9 @@ class Profile:
     attention: Windows
     fractions: tuple[float, ...]
     random_draws: int
+    search: Windows
+    sensitivity: dict[str, Windows | int]
+    accuracy: dict[str, list | dict | int]
     output: Path
 
     @classmethod
@@ -58,10 +61,13 @@ class Profile:
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
         chosen = dict(SIZES[size])
-        windows = {name: Windows(*chosen.pop(name)) for name in ("calibration", "evaluation", "twin", "attention")}
+        windows = {name: Windows(*chosen.pop(name)) for name in ("calibration", "search", "evaluation", "twin", "attention")}
         fractions = tuple(chosen.pop("fractions"))
+        sensitivity = {k: Windows(*v) if isinstance(v, list) else v for k, v in chosen.pop("sensitivity").items()}
         folder = Path(output or os.environ.get(OUTPUT) or BUILD / "interactive")
-        return cls(model, size, text, seed, fractions=fractions, output=folder.resolve(), **windows, **chosen)
+        return cls(
+            model, size, text, seed, fractions=fractions, sensitivity=sensitivity, output=folder.resolve(), **windows, **chosen
+        )
 
     @property
     def folder(self) -> str:

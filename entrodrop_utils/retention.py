@@ -56,9 +56,10 @@ class Retention:
         sets = list(dict.fromkeys(scores.set))
         if not tasks or () not in sets:
             raise ValueError(f"need the dense model (the empty set) and at least one task, got {len(sets)} sets and tasks {tasks}")
-        wide = [
-            items[items.task == task].pivot_table(index=["part", "item"], columns="set", values="value")[sets] for task in tasks
-        ]
+        place = {one: n for n, one in enumerate(sets)}
+        numbered = items.assign(set=[place[one] for one in items.set])  # pandas would take a tuple for several keys
+        by_task = {task: rows for task, rows in numbered.groupby("task")}
+        wide = [by_task[task].pivot_table(index=["part", "item"], columns="set", values="value") for task in tasks]
         draws = np.mean([bootstrap(one.to_numpy(), seed=seed + n) for n, one in enumerate(wide)], axis=0)
         chance = scores[scores.task.isin(tasks)].drop_duplicates("task").chance.mean()
         return cls(sets, np.mean([one.to_numpy().mean(0) for one in wide], axis=0), draws, float(chance))

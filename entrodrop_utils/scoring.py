@@ -13,7 +13,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from . import store
-from .entropy import ESTIMATORS
+from .entropy import ESTIMATORS, shared
 from .progress import progress
 from .residual import positions, watch
 from .similarity import SIMILARITIES
@@ -32,6 +32,23 @@ def without_first(metric: Metric) -> Metric:
         return metric(*(state[..., 1:, :] for state in states))
 
     shortened.about = ("without the first token", metric)
+    return shortened
+
+
+def first_tokens(metric: Metric, n: int) -> Metric:
+    """The metric of the first ``n`` tokens of each sequence: in a causal model what windows of ``n`` tokens would give.
+
+    Raises:
+        ValueError: when it is called with fewer tokens.
+    """
+
+    @functools.wraps(metric)
+    def shortened(*states: Tensor) -> Tensor:
+        if states[0].shape[-2] < n:
+            raise ValueError(f"{n} tokens are asked for, the sequences have {states[0].shape[-2]}: use longer windows")
+        return metric(*(state[..., :n, :] for state in states))
+
+    shortened.about = (f"the first {n} tokens", metric)
     return shortened
 
 
@@ -94,8 +111,9 @@ def _pass(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dic
         def seen(position: int, state: Tensor, sequence=sequence, alive=alive) -> None:
             x = state[0].detach()
             alive.pop(position - 3, None)
-            for name, metric in entropies.items():
-                rows[name].append((position, sequence, float(metric(x))))
+            with shared():
+                for name, metric in entropies.items():
+                    rows[name].append((position, sequence, float(metric(x))))
             for start, sub_block in ends.get(position, ()):
                 for name, metric in similarities.items():
                     rows[name].append((sub_block.kind, sub_block.layer, sequence, float(metric(alive[start], x))))

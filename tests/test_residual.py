@@ -215,3 +215,26 @@ def test_a_new_family_takes_three_lines(monkeypatch):
 def _forward(self, hidden_states, **kwargs):
     hidden_states = hidden_states + self.self_attn(hidden_states=self.attn_norm(hidden_states), **kwargs)[0]
     return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "seen"),
+    [
+        ("Llama", "self_attn.q_proj", lambda i: 1 / (i + 1)),
+        ("Gemma 3 (text)", "self_attn.q_proj", lambda i: 1 / (i + 1) if i < 5 else 0.0),  # layer 0 sees five tokens
+        ("BERT", "attention.self.query", lambda i: 1 / 10),
+    ],
+)
+def test_attention_on_the_first_token_where_all_keys_are_alike(name, query, seen):
+    """A query of zeros looks at every token it can see with the same weight, so what the first one gets is known."""
+    model, tokens = tiny(name), ids(3)
+    before, implementation = residual.attention_on_first(model, tokens), model.config._attn_implementation
+    with torch.no_grad():
+        for weight in sub_blocks.layers(model)[0].get_submodule(query).parameters():
+            weight.zero_()
+    after = residual.attention_on_first(model, tokens)
+    expected = sum(map(seen, range(1, 10))) / 9
+    assert after[0] == pytest.approx(expected, rel=1e-5)
+    assert before[0] != pytest.approx(expected, rel=1e-3)
+    assert len(after) == len(sub_blocks.layers(model))
+    assert model.config._attn_implementation == implementation

@@ -43,6 +43,17 @@ def test_a_similarity_without_the_first_token_is_no_entropy():
     assert scoring.is_entropy(scoring.without_first(partial(entropy.knn, k=3)))
 
 
+def test_first_tokens_are_those_of_short_windows(model, windows):
+    """The model is causal: scoring long windows says what windows of any shorter length would have said."""
+    metrics = {"knn": partial(entropy.knn, k=3), "cosine": similarity.cosine}
+    within = scoring.score(model, windows, {name: scoring.first_tokens(metric, 9) for name, metric in metrics.items()})
+    short = scoring.score(model, windows[:, :9], metrics)
+    key = ["kind", "layer", "metric", "sequence"]
+    assert np.allclose(within.sort_values(key).value, short.sort_values(key).value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="30 tokens are asked for, the sequences have 24"):
+        scoring.score(model, windows, {"long": scoring.first_tokens(entropy.bucket, 30)})
+
+
 def test_same_numbers_every_time(model, windows):
     pd.testing.assert_frame_equal(
         scoring.score(model, windows, ("bucket", "cosine")), scoring.score(model, windows, ("bucket", "cosine"))

@@ -178,7 +178,6 @@ def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tok
             raise ConnectionError("cannot reach the hub\nmore")
 
     monkeypatch.setattr(harness, "_manager", lambda _: Nothing())
-    monkeypatch.setattr(harness, "Answers", lambda model, tokenizer, sets: type("LM", (), {"sets": list(sets)})())
     found = evaluation.tasks(model, tokenizer, ["away"])
     assert found.note.tolist() == ["the data of away cannot be had here (cannot reach the hub)"]
     assert found.n.tolist() == [0] and found.value.isna().all()

