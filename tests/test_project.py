@@ -1,11 +1,13 @@
 """The lists that must agree: dependencies, the lock, conda's environment, the README."""
 
+import ast
 import re
 import tomllib
 from importlib.metadata import requires
 
 import yaml
 
+import entrodrop_utils
 from entrodrop_utils.profiles import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -47,6 +49,18 @@ def test_the_readme_says_what_each_dependency_is_for():
     readme = (ROOT / "README.md").read_text().lower()
     for requirement in declared():
         assert f"`{name(requirement)}`" in readme, requirement
+
+
+def test_modules_import_only_those_before_them():
+    """One straight line, and every module is on it (what a function imports when it runs may point ahead)."""
+    line = [entry.strip(" .\n") for entry in entrodrop_utils.__doc__.partition("before it:")[2].split(",")]
+    folder = ROOT / "entrodrop_utils"
+    assert sorted(line) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+    for number, module in enumerate(line):
+        for node in ast.parse((folder / f"{module}.py").read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                for other in [node.module] if node.module else [alias.name for alias in node.names]:
+                    assert other in line[:number], f"{module} imports {other}"
 
 
 def test_named_files_exist():
