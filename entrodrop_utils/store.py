@@ -6,6 +6,7 @@ invalidated. A long run that is stopped goes on from here; deleting the folder (
 
 import functools
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -36,8 +37,10 @@ def fingerprint(model: nn.Module) -> str:
     """
     if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
         raise NotCacheable("hooks change what the model computes")
-    config = model.config.to_json_string(use_diff=False) if hasattr(model, "config") else ""
-    parts = [torch.__version__, type(model).__name__, config, getattr(model.config, "_attn_implementation", "")]
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)  # where it was read from changes nothing
+    parts = [torch.__version__, type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
+    parts.append(str(model.config._attn_implementation))
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if weight.is_meta:
             raise NotCacheable(f"{name} is not in memory")
