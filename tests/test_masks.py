@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_llama
 from families import ids, tiny
+from tiny_llama import tiny_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from entrodrop_utils import scoring

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_llama
 from families import ids, tiny
+from tiny_llama import tiny_llama
 
 from entrodrop_utils import entropy, scoring, selection, similarity
 from entrodrop_utils.dropping import dropped, remove
@@ -221,7 +221,7 @@ def test_after_a_kill_it_goes_on(model, windows, tmp_path):
     torch.save((windows, SEARCH), torn)
     code = (
         "import pathlib, sys, time, torch\n"
-        "from conftest import tiny_llama\n"
+        "from tiny_llama import tiny_llama\n"
         "from entrodrop_utils import selection, store\n"
         "store.CACHE = pathlib.Path(sys.argv[2]).with_name('cache of the other')\n"
         "real, calls = selection.score, []\n"
