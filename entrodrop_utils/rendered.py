@@ -32,8 +32,8 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     }
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
-    if (found := finding(notebook)) and FINDING in notebook.cells[0].source:
-        head = notebook.cells[0].source.split(FINDING)[0]
+    head, line, _ = notebook.cells[0].source.partition(FINDING.rstrip())
+    if line and (found := finding(notebook)):
         notebook.cells[0].source = f"{head}{FINDING}{found}"
     return notebook
 
@@ -64,6 +64,8 @@ def problems(notebook: nbformat.NotebookNode) -> list[str]:
         found.append("it holds widget state")
     if not finding(notebook):
         found.append("it computes no finding")
+    elif FINDING + finding(notebook) not in notebook.cells[0].source:
+        found.append("its first cell does not hold its finding")
     if len(nbformat.writes(notebook).encode()) > MOST_BYTES:
         found.append(f"it is larger than {MOST_BYTES / 1e6:.0f} MB")
     return found + [f"cell {number} {says}" for number, cell in enumerate(code, 1) for says in _cell_problems(cell)]

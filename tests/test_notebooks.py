@@ -131,6 +131,7 @@ def test_only_by_number_or_name(project):
         (lambda nb: nb.cells[0].update(source="see [this](no-such-notebook.ipynb)"), "links to no-such-notebook.ipynb"),
         (lambda nb: nb.metadata.update(widgets={}), "widget state"),
         (lambda nb: nb.cells[4].outputs.clear(), "no finding"),
+        (lambda nb: nb.cells[0].update(source="# 99 · A small one"), "does not hold its finding"),
         (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="w")), "a warning"),
         (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("stream", text="in /home/me/x")), "path of the machine"),
         (lambda nb: nb.cells[3].outputs.append(nbformat.v4.new_output("display_data", {"image/png": "x"})), "alt text"),
