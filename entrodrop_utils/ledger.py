@@ -10,6 +10,7 @@ from .profiles import DATA
 from .scoring import bootstrap, verdict
 
 PUBLISHED = DATA / "published"
+COLUMNS = ("claim", "source", "published", "measured", "low", "high", "verdict")
 
 
 def claim(
@@ -31,8 +32,7 @@ def claim(
 
 def row(text: str, source: str, published: str, measured: float, low: float, high: float, judged: str) -> dict[str, object]:
     """The same columns for a claim whose interval was found in another way."""
-    columns = ("claim", "source", "published", "measured", "low", "high", "verdict")
-    return dict(zip(columns, (text, source, published, measured, low, high, judged), strict=True))
+    return dict(zip(COLUMNS, (text, source, published, measured, low, high, judged), strict=True))
 
 
 def join(results: Path) -> None:
@@ -40,7 +40,7 @@ def join(results: Path) -> None:
     parts = sorted(results.glob("[0-9][0-9]_claims.csv"))
     if parts:
         joined = pd.concat([pd.read_csv(part, dtype=str, keep_default_na=False) for part in parts])
-        joined.to_csv(results / "claims.csv", index=False, lineterminator="\n")
+        joined.reindex(columns=COLUMNS).to_csv(results / "claims.csv", index=False, lineterminator="\n")
 
 
 def published(name: str) -> pd.DataFrame:
