@@ -43,11 +43,11 @@ def finding(panel) -> str:
     return last.inner_text()
 
 
-def measured(panel, seconds: float = 180) -> dict[str, str]:
-    """The pruned column of the explorer's table, once everything in it has been measured."""
+def measured(panel, seconds: float = 180, before: str = "") -> dict[str, str]:
+    """The pruned column of the explorer's table, once everything in it has been measured and it is not what it was before."""
     table = panel.locator(".entrodrop-table")
     deadline = time.monotonic() + seconds
-    while "computing" in (said := table.inner_text()):
+    while "computing" in (said := table.inner_text()) or said == before:
         assert time.monotonic() < deadline, said
         time.sleep(0.05)
     rows = [[cell.inner_text() for cell in row.locator("td").all()] for row in table.locator("tbody tr").all()]
@@ -74,12 +74,13 @@ def explorer(page, lab, copied):
 def test_explorer(page, explorer, screenshots):
     before = measured(explorer)
     page.screenshot(path=screenshots / "explorer.png")
-    slider = explorer.get_by_role("slider").first
+    slider, table = explorer.get_by_role("slider").first, explorer.locator(".entrodrop-table")
+    said = table.inner_text()
     n = int(float(slider.get_attribute("aria-valuenow")))
     start = time.monotonic()
     slider.press("ArrowRight")
     page.get_by_text(f"without {n + 1} of 30 attention layers").first.wait_for()
-    moved = measured(explorer)
+    moved = measured(explorer, before=said)
     print(f"a move of the slider was answered after {time.monotonic() - start:.1f} s")
     assert number(moved["parameters"]) < number(before["parameters"])
     assert number(moved["kl"]) != number(before["kl"])
@@ -88,9 +89,10 @@ def test_explorer(page, explorer, screenshots):
 
     bar = explorer.get_by_title("attention 16: ")
     assert bar.get_attribute("title").endswith("kept")
+    said = table.inner_text()
     bar.click()
     page.get_by_text(f"without {n + 2} of 30 attention layers").first.wait_for()
-    clicked = measured(explorer)
+    clicked = measured(explorer, before=said)
     assert explorer.get_by_title("attention 16: ").get_attribute("title").endswith("dropped by hand")
     assert "entrodrop-gone" in bar.get_attribute("class")
     assert number(clicked["perplexity"]) != number(moved["perplexity"])
