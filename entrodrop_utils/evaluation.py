@@ -133,7 +133,7 @@ def sweep(model: PreTrainedModel, windows: Int[Tensor, "window token"], sets: It
 def _key(model: PreTrainedModel) -> str | None:
     """What losses of this model are kept under; None for a model that has no key."""
     with suppress(store.NotCacheable):
-        return store.key(store.code("replay", "modeling_entrodrop"), store.fingerprint(model))
+        return store.key(store.code("evaluation", "replay", "modeling_entrodrop"), store.fingerprint(model))
     return None
 
 
