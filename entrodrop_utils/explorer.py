@@ -153,15 +153,9 @@ class Explorer:
         else:
             windows = text.windows(settings.text, "calibration", self.tokenizer, self.calibration, settings.seed)
         entropy = next(name for name, metric in metrics.items() if scoring.is_entropy(metric))
-        values = []
-
-        @functools.wraps(metrics[entropy])
-        def noted(state: Tensor) -> Tensor:
-            values.append(float(value := metrics[entropy](state)))
-            return value
-
-        scores = scoring.score(self.model, windows, metrics | {entropy: noted})
-        return scores, np.array(values).reshape(len(windows), -1).mean(0), entropy
+        scores = scoring.score(self.model, windows, metrics)
+        curve = scoring.entropies(self.model, windows, {entropy: metrics[entropy]})  # measured for the scores already
+        return scores, curve.groupby("position").value.mean().to_numpy(), entropy
 
     def known(self, drop: Iterable[SubBlock]) -> tuple[Size | None, Cost | None, str | None]:
         """What has been measured without these sub-blocks."""

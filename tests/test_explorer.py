@@ -10,10 +10,10 @@ from entrodrop_utils import dropping, evaluation, explorer_page, explorer_view, 
 from entrodrop_utils.background import Background
 from entrodrop_utils.entropy import bucket
 from entrodrop_utils.explorer import Explorer, pasted_windows
+from entrodrop_utils.explorer_choice import Choice
 from entrodrop_utils.profiles import Profile, Windows
 from entrodrop_utils.progress import HEADLESS, progress
 from entrodrop_utils.residual import states
-from entrodrop_utils.selection import Choice
 from entrodrop_utils.sub_blocks import SubBlock, find
 
 
@@ -82,6 +82,15 @@ def test_a_similarity_comes_with_an_entropy_curve(explorer, model, windows):
     scores = scoring.score(model, windows, ["cosine"], ["attention"]).groupby("layer").value.mean()
     assert list(ranking.importance.values()) == pytest.approx(list(scores))
     assert (ranking.entropy, list(ranking.curve)) == ("bucket", list(before.curve))
+
+
+@pytest.mark.parametrize("settings", [{}, {"first": False}, {"metric": "cosine", "first": False}, {"bins": 7}])
+def test_what_another_explorer_left_in_the_store_serves(explorer, settings, monkeypatch):
+    first = changed(explorer, **settings)
+    monkeypatch.setattr(scoring, "_pass", lambda *_: pytest.fail("scored again"))
+    again = Explorer(Profile.of(size="smoke")).use(explorer.settings)
+    assert list(again.curve) == list(first.curve)
+    assert (again.importance, again.order) == (first.importance, first.order)
 
 
 def test_nothing_is_computed_twice(explorer, monkeypatch):
