@@ -26,26 +26,16 @@ def answer(model: PreTrainedModel, questions: Sequence[Question], sets: Sequence
     batches = list(_batches(_rows(questions, _longest_packed(model))))
     named = {written(one): one for one in sets}
     answers: dict[Set, dict[Question, Answer]] = {one: {} for one in sets}
-    try:
-        base = store.key(store.code("answers", "replay", "modeling_entrodrop"), store.fingerprint(model))
-    except store.NotCacheable:
-        base = None
-    checked = False
+    base = store.base(model, "answers", "replay", "modeling_entrodrop")
     with Bar(len(batches) * len(named), f"{len(questions)} questions") as done:
         for rows in batches:
-            of = store.key(base, rows) if base else None
-            known = store.load("answers", of) if of else None
-            have = set() if known is None else set(known.set)
-            if missing := [one for name, one in named.items() if name not in have]:
-                new = _answered(model, rows, missing, not checked, done)
-                known, checked = new if known is None else pd.concat([known, new], ignore_index=True), True
-                if of:
-                    store.keep("answers", of, known)
+
+            def compute(missing: list[str], rows=rows) -> pd.DataFrame:
+                return _answered(model, rows, [named[name] for name in missing], rows is batches[0], done)
+
             asked = [(context, continuation) for context, continuations in rows for continuation in continuations]
-            for row in known[known.set.isin(list(named))].itertuples():
+            for row in store.by_set("answers", store.under(base, rows), named, compute, done).itertuples():
                 answers[named[row.set]][asked[row.question]] = (row.logprob, row.greedy)
-            for _ in have & set(named):
-                done()
     return answers
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,28 +112,17 @@ def sweep(model: PreTrainedModel, windows: Int[Tensor, "window token"], sets: It
     named = {written(one): one for one in chosen}
     found, first = [], 0
     with Bar(len(chosen) * len(batches), "evaluating sets") as done:
-        base = _key(model)
-        for number, ids in enumerate(batches):
-            of = store.key(base, store.digest(ids)) if base else None
-            known = store.load("losses", of) if of else None
-            have = set() if known is None else set(known.set)
-            if missing := [one for name, one in named.items() if name not in have]:
-                rows = [] if known is None else [known]
-                rows.append(_losses(model, ids.to(model.device), missing, check=number == 0, done=done))
-                known = pd.concat(rows, ignore_index=True)
-                if of:
-                    store.keep("losses", of, known)
-            found.append(known[known.set.isin(list(named))].assign(window=known.window + first))
+        base = store.base(model, "evaluation", "replay", "modeling_entrodrop")
+        for ids in batches:
+
+            def compute(missing: list[str], ids=ids) -> pd.DataFrame:
+                return _losses(model, ids.to(model.device), [named[name] for name in missing], check=ids is batches[0], done=done)
+
+            losses = store.by_set("losses", store.under(base, store.digest(ids)), named, compute, done)
+            found.append(losses.assign(window=losses.window + first))
             first += len(ids)
     table = pd.concat(found, ignore_index=True)
     return table.assign(set=table.set.map(named))
-
-
-def _key(model: PreTrainedModel) -> str | None:
-    """What losses of this model are kept under; None for a model that has no key."""
-    with suppress(store.NotCacheable):
-        return store.key(store.code("evaluation", "replay", "modeling_entrodrop"), store.fingerprint(model))
-    return None
 
 
 def _losses(model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list[Set], check: bool, done) -> pd.DataFrame:
@@ -178,7 +166,7 @@ def task_sweep(
         set, then the columns of ``tasks``; and set, task, part (of a group), metric, item, value, which pairs sets item by item.
     """
     names = list(names)
-    own = str(local_tasks.build()) if set(names) & set(local_tasks.NAMES) else ""
+    own = str(local_tasks.build()) if any(map(local_tasks.owns, names)) else ""
     harness.check(names, own)
     lm, scores, items = harness.Answers(model, tokenizer, sets), [], []
     for name in names:

@@ -9,13 +9,13 @@ import ipywidgets as w
 from IPython.display import display
 
 from . import explorer_view as view
-from . import scoring
+from . import scoring, text
 from .background import Background
 from .explorer import Explorer, Settings
 from .explorer_bars import CSS, Bars
+from .explorer_choice import Choice
 from .models import KNOWN
 from .progress import HEADLESS
-from .selection import Choice
 from .sub_blocks import KINDS, SubBlock
 
 LABELS = {"description_width": "initial"}
@@ -38,9 +38,9 @@ class Page:
         self.fields = {
             "model": w.Combobox(
                 value=now.model,
-                options=list(KNOWN),
+                options=[*KNOWN],
                 description="model",
-                placeholder="name, folder or hub name",
+                placeholder="or a folder, or a hub name",
                 layout=wide,
                 **every,
             ),
@@ -55,7 +55,7 @@ class Page:
             ),
             "first": w.Checkbox(value=now.first, description="count the first token", indent=False, layout=w.Layout(width="170px")),
             "text": w.Combobox(
-                value=now.text, options=["docs", "c4", "wikitext"], description="calibration text", layout=wide, **every
+                value=now.text, options=[*text.OWN, *text.HUB], description="calibration text", layout=wide, **every
             ),
             "pasted": w.Textarea(
                 placeholder="or paste a text of your own here",

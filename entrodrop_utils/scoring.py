@@ -3,7 +3,6 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -75,23 +74,13 @@ def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: 
 
     What was measured before on this model and text is read from the store; the rest takes one forward pass a window.
     """
-    keys = {}
-    try:
-        base = store.key(
-            store.code("entropy", "similarity", "residual", "self_check"), store.fingerprint(model), store.digest(windows)
-        )
-    except store.NotCacheable:
-        base = None
-    for name, metric in metrics.items():
-        with suppress(store.NotCacheable):
-            if base:
-                keys[name] = store.key(base, store.name(metric), "" if is_entropy(metric) else kinds)
-    found = {name: table for name, of in keys.items() if (table := store.load("scores", of)) is not None}
-    if missing := {name: metric for name, metric in metrics.items() if name not in found}:
+    base = store.under(store.base(model, "entropy", "similarity", "residual", "self_check"), store.digest(windows))
+    keys = {name: store.under(base, metric, "" if is_entropy(metric) else kinds) for name, metric in metrics.items()}
+    found = {name: store.load("scores", of) for name, of in keys.items()}
+    if missing := {name: metric for name, metric in metrics.items() if found[name] is None}:
         for name, table in _pass(model, windows, missing, kinds, what).items():
             found[name] = table
-            if name in keys:
-                store.keep("scores", keys[name], table)
+            store.keep("scores", keys[name], table)
     return found
 
 

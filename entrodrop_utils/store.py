@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -81,14 +82,30 @@ def name(function: Callable) -> str:
     return f"{where}.{function.__qualname__}"
 
 
-def load(folder: str, of: str) -> pd.DataFrame | None:
+def base(model: nn.Module, *modules: str) -> str | None:
+    """The key of what these modules compute from a model; None for a model that has none: nothing of it is kept."""
+    with suppress(NotCacheable):
+        return key(code(*modules), fingerprint(model))
+    return None
+
+
+def under(base: str | None, *parts: object) -> str | None:
+    """The key of something that depends on these parts as well; a function goes by its ``name``. None where anything has no key."""
+    with suppress(NotCacheable):
+        return base and key(base, *(name(part) if callable(part) else part for part in parts))
+    return None
+
+
+def load(folder: str, of: str | None) -> pd.DataFrame | None:
     """The table that was kept under this key, or None."""
     path = CACHE / folder / f"{of}.parquet"
-    return pd.read_parquet(path) if path.exists() else None
+    return pd.read_parquet(path) if of and path.exists() else None
 
 
-def keep(folder: str, of: str, table: pd.DataFrame) -> None:
+def keep(folder: str, of: str | None, table: pd.DataFrame) -> None:
     """Keep a table under this key, in one step: a run that is killed leaves no half of one."""
+    if not of:
+        return
     path = CACHE / folder / f"{of}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, unfinished = tempfile.mkstemp(dir=path.parent, suffix=".unfinished")
@@ -98,3 +115,23 @@ def keep(folder: str, of: str, table: pd.DataFrame) -> None:
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def by_set(
+    folder: str, of: str | None, sets: Iterable[str], compute: Callable[[list[str]], pd.DataFrame], done: Callable[[], None]
+) -> pd.DataFrame:
+    """The rows of each of these sets (column ``set``): those kept under this key, and the others, computed and kept beside them.
+
+    Args:
+        compute: the rows of the sets that are missing.
+        done: called for each set that was there.
+    """
+    table = load(folder, of)
+    have = set() if table is None else set(table.set)
+    if missing := [one for one in sets if one not in have]:
+        new = compute(missing)
+        table = new if table is None else pd.concat([table, new], ignore_index=True)
+        keep(folder, of, table)
+    for _ in have.intersection(sets):
+        done()
+    return table[table.set.isin(list(sets))]
