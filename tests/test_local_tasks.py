@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entrodrop_utils import local_tasks, text
+from entrodrop_utils import evaluation, local_tasks, task_items, text
 
 PROSE = [
     f"Return the {a} of a {b} array along the given axis, and leave the {b} mask where it is. "
@@ -54,8 +54,8 @@ def small_docs(tmp_path, monkeypatch):
         path.write_text(FUNCTION.format(n=n))
         files.append((f"package/{n}.py", path))
     monkeypatch.setattr(text, "documents", lambda source, part: tuple((f"package/{i}.py", d) for i, d in enumerate(parts[part])))
-    monkeypatch.setattr(text, "files", lambda: files)
-    monkeypatch.setattr(local_tasks, "PAIRS", 4)
+    monkeypatch.setattr(task_items, "files", lambda: files)
+    monkeypatch.setattr(task_items, "PAIRS", 4)
     monkeypatch.setattr(local_tasks, "MOST_ITEMS", 12)
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -110,9 +110,9 @@ def sentences(one):
     return one["context"] + good, one["context"] + bad
 
 
-@pytest.mark.parametrize("phenomenon", local_tasks.phenomena())
+@pytest.mark.parametrize("phenomenon", task_items.phenomena())
 def test_pairs_are_distinct_balanced_and_give_nothing_away(phenomenon):
-    made = list(local_tasks.pairs(random.Random(phenomenon), phenomenon))
+    made = list(task_items.pairs(random.Random(phenomenon), phenomenon))
     both = [sentences(one) for one in made]
     bags = [({*good.lower().split()}, {*bad.lower().split()}) for good, bad in both]
     assert len(set(both)) == len(made) == 200
@@ -127,7 +127,7 @@ def test_pairs_are_distinct_balanced_and_give_nothing_away(phenomenon):
 def test_slots_that_agree_are_one_word_and_numbered_ones_another():
     words = {"noun": [{"one": "cat", "many": "cats"}, {"one": "ox", "many": "oxen"}], "time": [{"word": "at noon"}]}
     found = {
-        local_tasks.fill("the {noun.one} [sees|see] {noun2.many} and the {noun.one} {time}.", words, random.Random(i))
+        task_items.fill("the {noun.one} [sees|see] {noun2.many} and the {noun.one} {time}.", words, random.Random(i))
         for i in range(40)
     }
     assert found == {
@@ -137,9 +137,9 @@ def test_slots_that_agree_are_one_word_and_numbered_ones_another():
 
 
 def test_a_template_that_gives_too_little_is_named(monkeypatch):
-    monkeypatch.setattr(local_tasks, "phenomena", lambda: {"thin": ["They [is|are] {this.one}."]})
+    monkeypatch.setattr(task_items, "phenomena", lambda: {"thin": ["They [is|are] {this.one}."]})
     with pytest.raises(ValueError, match=r"thin: 'They .* gives too few sentences for 200 pairs"):
-        list(local_tasks.pairs(random.Random(0), "thin"))
+        list(task_items.pairs(random.Random(0), "thin"))
 
 
 def test_what_calibration_had_is_left_out(small_docs):
@@ -161,7 +161,7 @@ def test_parameters_are_recalled_in_the_order_of_the_docstring(small_docs):
 
 
 def test_induction_has_its_answer_where_the_cue_was():
-    for one in local_tasks.repetitions(random.Random(0)):
+    for one in task_items.repetitions(random.Random(0)):
         *words, cue = one["context"].split()
         assert one["choices"][one["gold"]] == " " + words[words.index(cue) + 1]
         assert len(set(one["choices"])) == 4 and {c.strip() for c in one["choices"]} <= set(words) - {cue}
@@ -171,7 +171,7 @@ def test_the_harness_scores_as_a_plain_loop(small_docs, byte_model):
     model, tokenizer = byte_model
     names = ["docs_continuation", "docs_last_word", "docstring_arguments", "induction"]
     results = evaluate(small_docs, model, tokenizer, [*names, "minimal_pairs"])
-    kinds = [f"minimal_pairs_{p}" for p in local_tasks.phenomena()]
+    kinds = [f"minimal_pairs_{p}" for p in task_items.phenomena()]
     means = {}
     for name in [*names, *kinds]:
         right, summed = [], []
@@ -189,10 +189,18 @@ def test_the_harness_scores_as_a_plain_loop(small_docs, byte_model):
     assert results["results"]["minimal_pairs"]["acc,none"] == pytest.approx(sum(means[k] for k in kinds) / len(kinds))
 
 
+def test_one_phenomenon_is_found_by_its_name(small_docs, byte_model, monkeypatch):
+    monkeypatch.setattr(local_tasks, "build", lambda: small_docs)
+    found = evaluation.tasks(*byte_model, ["minimal_pairs_agreement_attractor"], limit=3)
+    assert found[["task", "metric", "chance", "n"]].to_numpy().tolist() == [["minimal_pairs_agreement_attractor", "acc", 0.5, 3]]
+    with pytest.raises(ValueError, match="unknown task 'minimal_pairs_agreement'"):
+        evaluation.tasks(*byte_model, ["minimal_pairs_agreement"])
+
+
 def test_a_random_model_is_at_chance_on_induction(byte_model):
     model, tokenizer = byte_model
     right = []
-    for one in islice(local_tasks.repetitions(random.Random(0)), 100):
+    for one in islice(task_items.repetitions(random.Random(0)), 100):
         scores = [loglikelihood(model, tokenizer, one["context"], choice)[0] for choice in one["choices"]]
         right.append(scores.index(max(scores)) == one["gold"])
     assert abs(sum(right) / 100 - 0.25) < 3 * (0.25 * 0.75 / 100) ** 0.5
@@ -224,7 +232,7 @@ def test_the_real_items(tmp_path):
             shares = Counter(one["gold"] for one in made)
             assert all(0.19 < shares[place] / len(made) < 0.31 for place in range(4)), name
     cards = local_tasks.cards().set_index("task")
-    assert cards["items"].to_dict() == {n: len(m) for n, m in found.items()} | {"minimal_pairs": 200 * len(local_tasks.phenomena())}
+    assert cards["items"].to_dict() == {n: len(m) for n, m in found.items()} | {"minimal_pairs": 200 * len(task_items.phenomena())}
 
 
 @pytest.mark.slow
@@ -232,7 +240,7 @@ def test_the_real_items(tmp_path):
 def test_the_harness_knows_them_beside_its_own():
     from lm_eval.tasks import TaskManager
 
-    ours = {*local_tasks.NAMES, *(f"minimal_pairs_{p}" for p in local_tasks.phenomena())}
+    ours = {*local_tasks.NAMES, *(f"minimal_pairs_{p}" for p in task_items.phenomena())}
     assert not ours & {*TaskManager().all_tasks}
     assert ours <= {*TaskManager(include_path=str(local_tasks.build())).all_tasks}
 

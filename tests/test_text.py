@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from entrodrop_utils import text
+from entrodrop_utils import harvest, text
 from entrodrop_utils.profiles import Windows
 
 WORDS = ["river", "stone", "lantern", "orchard", "winter", "copper", "meadow", "harbour", "thunder", "velvet", "compass", "granite"]
@@ -109,7 +109,7 @@ def test_loading_is_silent(corpus, capfd):
 
 def test_docstrings_are_those_of_the_running_interpreter():
     source = b'def f():\n    """' + b"word " * 100 + b'\n    last line"""\n\nclass C:\n    """short"""\n'
-    found = list(text._docstrings(source))
+    found = list(harvest._docstrings(source))
     space: dict = {}
     exec(source, space)
     assert found == [inspect.cleandoc(space["f"].__doc__)]
@@ -119,7 +119,7 @@ def test_functions_come_without_docstrings_and_still_parse():
     body = "    total = 0\n" + "\n".join(f"    total += {i} * x  # step {i}" for i in range(40)) + "\n    return total\n"
     inner = "".join(f"    {line}\n" for line in body.splitlines())
     source = f'def f(x):\n    """Not code."""\n{body}\nclass C:\n    def g(self, x):\n{inner}\ndef short():\n    pass\n'
-    found = list(text._functions(source.encode()))
+    found = list(harvest._functions(source.encode()))
     assert len(found) == 2 and not any("Not code" in one for one in found)
     for one, self in zip(found, ((), (None,)), strict=True):
         space: dict = {}
@@ -140,25 +140,25 @@ def test_random_tokens_are_even_and_never_special():
 
 def test_essays_come_from_a_pinned_wheel(tmp_path, monkeypatch):
     sentence = "The river runs past the old mill and nobody in the town remembers who built it. "
-    known = text.REGISTRY["texts"]["english"]
+    known = harvest.REGISTRY["texts"]["english"]
     file = tmp_path / "essays.whl"
     with zipfile.ZipFile(file, "w") as made:
         made.writestr(f"{known['folder']}one.txt", "\n".join(f"{sentence}So be it.Then" for _ in range(60)) + " it ends.")
         made.writestr("elsewhere/code.py", "import this")
-    monkeypatch.setattr(text, "DATA", tmp_path)
-    monkeypatch.setattr(text, "wheel", lambda name, pin, digest, partial: file)
+    monkeypatch.setattr(harvest, "DATA", tmp_path)
+    monkeypatch.setattr(harvest, "wheel", lambda name, pin, digest, partial: file)
     pieces = list(text._documents("english"))
     assert {key for key, _ in pieces} == {f"{known['folder']}one.txt"} and len(pieces) >= 2
-    assert all(len(piece) >= text.PIECE and piece[0].isupper() and piece[-1] == "." for _, piece in pieces)
+    assert all(len(piece) >= harvest.PIECE and piece[0].isupper() and piece[-1] == "." for _, piece in pieces)
     assert not file.exists() and len(list((tmp_path / "text").glob("english-*.json"))) == 1
 
 
 def test_essays_that_cannot_be_had_say_why(tmp_path, monkeypatch):
     def refused(*_):
-        raise text.ModelUnavailable("the text english: connect to the network and try again")
+        raise harvest.ModelUnavailable("the text english: connect to the network and try again")
 
-    monkeypatch.setattr(text, "DATA", tmp_path)
-    monkeypatch.setattr(text, "wheel", refused)
+    monkeypatch.setattr(harvest, "DATA", tmp_path)
+    monkeypatch.setattr(harvest, "wheel", refused)
     with pytest.raises(ValueError, match="english: connect to the network"):
         list(text._documents("english"))
 
