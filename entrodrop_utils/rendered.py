@@ -13,7 +13,7 @@ from .profiles import DEFAULT_MODEL, DEFAULT_SIZE, NOTEBOOKS, RESULTS, ROOT
 
 FINDING = "> **Finding:** "  # the line of a notebook's first cell that its last run fills in
 NAVIGATION = "navigation"  # the id of the last cell, which leads to the notebooks before and after
-HEADLINE = "02_entropy_vs_cosine"  # whose finding the README opens with
+HEADLINE = {"02_entropy_vs_cosine": 2, "04_accuracy_tables": 1}  # with how many sentences of whose findings the README opens
 LONGEST_CELL = 20  # lines
 MOST_BYTES = 1_000_000  # GitHub does not render more
 MACHINE_PATH = re.compile(r"(?<![\w.:/<])/(home|Users|root|tmp|usr|opt|var|work)/|\b[A-Z]:\\\\")
@@ -116,9 +116,9 @@ def index() -> None:
     _tabulate(
         "notebooks", ["notebook", "what it found"], [(f"[{titles[p]}](notebooks/{p.name})", finding(books[p])) for p in order]
     )
-    for path in order:  # the sentence that stands above the figure
-        if path.stem == HEADLINE:
-            _put("headline", f"**What we find.** {'. '.join(finding(books[path]).split('. ')[:2])}.")
+    said = [". ".join(finding(book).split(". ")[: HEADLINE.get(path.stem, 0)]).rstrip(".") for path, book in books.items()]
+    if any(said):
+        _put("headline", f"**What we find.** {' '.join(f'{sentences}.' for sentences in said if sentences)}")
     if (file := RESULTS / DEFAULT_MODEL / DEFAULT_SIZE / "claims.csv").exists():
         claims = [
             (row.claim, row.source, row.published, f"{row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]", row.verdict)

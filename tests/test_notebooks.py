@@ -74,6 +74,16 @@ def test_a_default_run_goes_into_place_and_gives_the_same_bytes_twice(project, c
     assert "99_small  done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("sentences", "says"), [({"99_small": 1}, "\n**What we find.** seed 0 found it.\n"), ({}, "\nas it was\n")]
+)
+def test_the_readme_opens_with_what_was_found(project, monkeypatch, sentences, says):
+    monkeypatch.setattr(rendered, "HEADLINE", sentences)
+    (project / "README.md").write_text("<!-- headline -->\nas it was\n<!-- /headline -->\n")
+    assert run() == 0
+    assert (project / "README.md").read_text() == f"<!-- headline -->{says}<!-- /headline -->\n"
+
+
 def test_another_run_leaves_the_committed_notebook_alone(project):
     before = (project / "notebooks/99_small.ipynb").read_bytes()
     assert run(size="smoke", seed=3) == 0
