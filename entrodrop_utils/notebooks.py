@@ -57,7 +57,7 @@ def execute(notebook: Path, parameters: dict, output: Path) -> nbformat.Notebook
             kernel_name="python3",
             cwd=str(ROOT),
             progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # what a cell raises comes back as its output
         )
     return cleaned(nbformat.read(run, as_version=4))
 
@@ -110,6 +110,9 @@ def reproduce(model: str, size: str, corpus: str, seed: int, only: str) -> int:
             where = ", ".join(map(str, place(profile, stage / notebook.name)))
             shutil.rmtree(stage)
             table.append((notebook.stem, "done", time.monotonic() - start, where))
+        except KeyboardInterrupt:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
         except (papermill.PapermillExecutionError, RuntimeError, ValueError) as error:
             failed = True  # the half-run notebook stays in the stage, to be looked at
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, papermill.PapermillExecutionError) else str(error)

@@ -157,8 +157,9 @@ def test_each_problem_of_a_rendered_notebook_is_found(project, change, says):
     assert any(says in problem for problem in rendered.problems(book))
 
 
-def test_a_killed_run_leaves_what_was_committed(project):
-    """kill -9 in the middle of a cell: nothing in place changes, and the next run completes."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_what_was_committed(project, how):
+    """kill -9 or Ctrl-C in the middle of a cell: nothing in place changes, and the next run completes."""
     nbformat.write(notebook("import time; time.sleep(600)"), project / "notebooks/99_small.ipynb")
     before = (project / "notebooks/99_small.ipynb").read_bytes()
     code = (
@@ -168,14 +169,16 @@ def test_a_killed_run_leaves_what_was_committed(project):
         "n.RESULTS = root / 'data/results'; n.FIGURES = root / 'figures'\n"
         "n.reproduce('smollm2-135m-instruct', 'default', 'docs', 0, '')"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE)
     table = "run-*/results/smollm2-135m-instruct/default/99_table.csv"
     deadline = time.monotonic() + 60
     while not list((project / "build").glob(table)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert list((project / "build").glob(table))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, how)
+    said = process.communicate()[1]
+    assert b"zmq" not in said
+    assert bool(list((project / "build").glob("run-*"))) == (how == signal.SIGKILL)  # which nobody can tidy up after
     assert (project / "notebooks/99_small.ipynb").read_bytes() == before
     assert not list((project / "data/results").rglob("*.csv"))
     nbformat.write(notebook(), project / "notebooks/99_small.ipynb")
