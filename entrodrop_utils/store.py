@@ -10,12 +10,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pandas as pd
 import torch
 import xxhash
+from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
 from .profiles import DATA
@@ -31,21 +32,24 @@ def digest(tensor: Tensor) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model as it is now: class, config, kind of device and every weight, so a dropped sub-block shows.
+    """A hash of a model as it is now: class, config, devices and every weight, so a dropped sub-block shows.
 
     Raises:
-        NotCacheable: weights that are not in memory (offloaded, or on the meta device), or hooks, which can change all it computes.
+        NotCacheable: weights that are nowhere (on the meta device), or hooks, which can change all it computes.
     """
     if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
         raise NotCacheable("hooks change what the model computes")
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # where it was read from changes nothing
     parts = [torch.__version__, type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
-    parts.append(str(model.config._attn_implementation))
-    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        if weight.is_meta:
-            raise NotCacheable(f"{name} is not in memory")
-        parts.append(f"{name} {weight.device.type} {digest(weight)}")
+    parts += [str(model.config._attn_implementation), str(getattr(model, "hf_device_map", ""))]
+    for path, module in model.named_modules():
+        # Weights that wait on disk or in memory until they are needed come for a while, a module at a time
+        with align_module_device(module, "cpu") if has_offloaded_params(module) else nullcontext():
+            for name, weight in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if weight.is_meta:
+                    raise NotCacheable(f"the weight {path}.{name} is on no device")
+                parts.append(f"{path}.{name} {weight.device.type} {digest(weight)}")
     return key(*parts)
 
 

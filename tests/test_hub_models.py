@@ -104,7 +104,7 @@ def test_what_is_asked_for_goes_before_the_registry(offline, tokenizers, monkeyp
 
 
 def test_one_that_does_not_fit_stays_spread_and_gives_the_same_scores(offline, tokenizers, monkeypatch):
-    """Two of its layers stay on the disk: such a model refuses to be moved, and not all of its weights can be hashed."""
+    """Two of its layers stay on the disk: such a model refuses to be moved, and its weights come only when they are needed."""
     fill(offline, "llama-3.1-8b", tokenizers)
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{i}" for i in range(LAYERS))]
     placed = {name: "disk" if name[-1] in "45" else "cpu" for name in names}

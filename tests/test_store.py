@@ -45,6 +45,34 @@ def test_every_change_of_a_model_shows(model):
     assert len(seen) == 6
 
 
+def test_weights_that_wait_on_disk_show_as_well(model, windows, tmp_path, monkeypatch):
+    def spread(at):
+        model.save_pretrained(tmp_path / at)
+        names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{i}" for i in range(6))]
+        places = {name: "disk" if name[-1] in "35" else "cpu" for name in names}
+        return type(model).from_pretrained(tmp_path / at, device_map=places, offload_folder=tmp_path / f"{at} on disk")
+
+    first, again = spread("first"), spread("again")
+    model.model.layers[5].mlp.up_proj.weight.data[0, 0] += 1e-3
+    other = spread("other")
+    assert any(weight.is_meta for weight in first.parameters())
+    assert store.fingerprint(first) == store.fingerprint(again) != store.fingerprint(other)
+    with dropped(again, [SubBlock(3, "attention")]):
+        assert store.fingerprint(first) != store.fingerprint(again)
+    assert all(weight.is_meta for weight in first.model.layers[5].parameters()), "they went back to where they were"
+    scores = scoring.score(first, windows, ["bucket"])
+    monkeypatch.setattr(scoring, "_pass", lambda *_: pytest.fail("scored again"))
+    pd.testing.assert_frame_equal(scoring.score(again, windows, ["bucket"]), scores)
+
+
+def test_a_model_without_weights_has_no_key(model):
+    with pytest.raises(store.NotCacheable, match=r"model.embed_tokens.weight is on no device"):
+        store.fingerprint(model.to("meta"))
+    assert store.base(model, "evaluation") is None
+    assert store.under(None, "anything") is None
+    assert store.under("base", lambda x: x) is None
+
+
 def test_the_settings_of_a_metric_are_in_its_name():
     metrics = [entropy.bucket, entropy.knn, similarity.cosine, partial(entropy.bucket, bins=10), partial(entropy.bucket, bins=40)]
     metrics += [scoring.without_first(metric) for metric in metrics]
