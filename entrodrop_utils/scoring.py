@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -85,34 +87,54 @@ def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: 
 
 
 def _pass(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dict, kinds: tuple, what: str) -> dict:
-    """The metrics by one forward pass a window. At most three states are alive at a time."""
+    """The metrics by one forward pass a window, each state's in a thread of its own: one estimate is too small for many cores.
+
+    So a value does not depend on the number of threads. At most two states a thread and three more are alive at a time.
+    """
     entropies = {name: metric for name, metric in metrics.items() if is_entropy(metric)}
     similarities = {name: metric for name, metric in metrics.items() if name not in entropies}
     rows: dict[str, list[tuple]] = {name: [] for name in metrics}
     ends = {}
+
+    def noted(values: Future) -> None:
+        for name, row in values.result():
+            rows[name].append(row)
+
     for kind in kinds if similarities else ():
         for sub_block in find(model, kind):
             start, end = positions(sub_block)
             ends.setdefault(end, []).append((start, sub_block))
-    for sequence, window in enumerate(progress(windows, what)):
-        alive: dict[int, Tensor] = {}
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for sequence, window in enumerate(progress(windows, what)):
+            alive: dict[int, Tensor] = {}
+            measuring: deque[Future] = deque()
 
-        def seen(position: int, state: Tensor, sequence=sequence, alive=alive) -> None:
-            x = state[0].detach()
-            alive.pop(position - 3, None)
-            with shared():
-                for name, metric in entropies.items():
-                    rows[name].append((position, sequence, float(metric(x))))
-            for start, sub_block in ends.get(position, ()):
-                for name, metric in similarities.items():
-                    rows[name].append((sub_block.kind, sub_block.layer, sequence, float(metric(alive[start], x))))
-            if similarities:
-                alive[position] = x
+            def seen(position: int, state: Tensor, sequence=sequence, alive=alive, measuring=measuring) -> None:
+                alive[position] = x = state[0].detach().clone()  # some models go on to change it in place
+                alive.pop(position - 3, None)
+                pairs = [(sub_block, alive[start]) for start, sub_block in ends.get(position, ())]
+                measuring.append(pool.submit(_values, entropies, similarities, (position, sequence), x, pairs))
+                if len(measuring) > 2 * threads:
+                    noted(measuring.popleft())
 
-        with watch(model, seen), torch.inference_mode():
-            model.base_model(window[None].to(model.device), use_cache=False)
+            with watch(model, seen), torch.inference_mode():
+                model.base_model(window[None].to(model.device), use_cache=False)
+            for one in measuring:
+                noted(one)
     of = {name: ["position"] if name in entropies else ["kind", "layer"] for name in metrics}
     return {name: pd.DataFrame(rows[name], columns=[*of[name], "sequence", "value"]) for name in metrics}
+
+
+@torch.inference_mode()
+def _values(entropies: dict, similarities: dict, at: tuple[int, int], x: Tensor, pairs: list[tuple]) -> list[tuple[str, tuple]]:
+    """(name, row) of every metric of the state at a position of a sequence, and of the sub-blocks that end there."""
+    with shared():
+        found = [(name, (*at, float(metric(x)))) for name, metric in entropies.items()]
+    for sub_block, before in pairs:
+        row = sub_block.kind, sub_block.layer, at[1]
+        found += [(name, (*row, float(metric(before, x)))) for name, metric in similarities.items()]
+    return found
 
 
 def entropies(

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from entrodrop_utils import entropy, residual, scoring, similarity
+from entrodrop_utils import entropy, residual, scoring, similarity, store
 from entrodrop_utils.sub_blocks import KINDS
 
 
@@ -75,7 +75,7 @@ def test_unknown_names_are_refused_with_the_list(model, windows):
 
 
 def test_memory_does_not_grow_with_the_windows(model):
-    """At any time only the states of one window are alive, no more than a sub-block needs."""
+    """At any time only a few states of one window are alive: what a sub-block needs, and two a thread."""
     alive: list[weakref.ref] = []
     most = 0
 
@@ -86,7 +86,28 @@ def test_memory_does_not_grow_with_the_windows(model):
         return similarity.cosine(x, y)
 
     scoring.score(model, torch.randint(0, 101, (8, 16)), {"spy": spy}, KINDS)
-    assert most <= 3
+    assert most <= 4 + 2 * torch.get_num_threads() < 2 * 6 + 1
+
+
+def test_values_do_not_depend_on_the_number_of_threads(model, windows, monkeypatch):
+    metrics = {name: scoring.METRICS[name] for name in ("bucket", "knn", "matrix", "cosine")}
+    metrics["knn"] = partial(metrics["knn"], k=3)
+    monkeypatch.setattr(store, "base", lambda *_: None)
+    threads, found = torch.get_num_threads(), []
+    for at_once in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda at_once=at_once: at_once)
+        found.append(scoring.score(model, windows, metrics))
+        pd.testing.assert_frame_equal(found[-1], found[0], check_exact=True)
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads, "what a thread of its own sets is its own"
+
+
+def test_an_error_of_a_metric_comes_through(model, windows):
+    def wrong(x):
+        raise ArithmeticError("this one")
+
+    with pytest.raises(ArithmeticError, match="this one"):
+        scoring.score(model, windows, {"wrong": wrong})
 
 
 def test_bootstrap_interval_against_a_plain_loop():
