@@ -22,6 +22,7 @@ from .sub_blocks import KINDS, find, layers
 
 Metric = Callable[..., Tensor]  # of one state: an entropy; of two, a sub-block's input and output: a similarity
 METRICS: dict[str, Metric] = {**ESTIMATORS, **SIMILARITIES}
+AT_ONCE = 8  # states whose metrics are computed: each takes memory, and the model's own pass is not shared out
 OFFICIAL_PROTECTED = (0, 1, -1)  # the layers that the published code never drops
 
 
@@ -104,7 +105,7 @@ def _pass(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dic
         for sub_block in find(model, kind):
             start, end = positions(sub_block)
             ends.setdefault(end, []).append((start, sub_block))
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), AT_ONCE) if model.device.type == "cpu" else 1
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for sequence, window in enumerate(progress(windows, what)):
             alive: dict[int, Tensor] = {}
