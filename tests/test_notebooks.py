@@ -163,7 +163,8 @@ def test_a_killed_run_leaves_what_was_committed(project, how):
     nbformat.write(notebook("import time; time.sleep(600)"), project / "notebooks/99_small.ipynb")
     before = (project / "notebooks/99_small.ipynb").read_bytes()
     code = (
-        "import entrodrop_utils.notebooks as n, entrodrop_utils.profiles as p, entrodrop_utils.rendered as r, pathlib\n"
+        "import entrodrop_utils.notebooks as n, entrodrop_utils.profiles as p, entrodrop_utils.rendered as r, pathlib, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts what is in the background without it
         f"root = pathlib.Path({str(project)!r})\n"
         "n.ROOT = r.ROOT = root; n.BUILD = p.BUILD = root / 'build'; n.NOTEBOOKS = r.NOTEBOOKS = root / 'notebooks'\n"
         "n.RESULTS = root / 'data/results'; n.FIGURES = root / 'figures'\n"
@@ -176,7 +177,7 @@ def test_a_killed_run_leaves_what_was_committed(project, how):
         time.sleep(0.2)
     assert list((project / "build").glob(table))
     os.killpg(process.pid, how)
-    said = process.communicate()[1]
+    said = process.communicate(timeout=60)[1]
     assert b"zmq" not in said
     assert bool(list((project / "build").glob("run-*"))) == (how == signal.SIGKILL)  # which nobody can tidy up after
     assert (project / "notebooks/99_small.ipynb").read_bytes() == before
