@@ -40,7 +40,7 @@ class Page:
                 value=now.model,
                 options=[*KNOWN],
                 description="model",
-                placeholder="or a folder, or a hub name",
+                placeholder="name, folder or hub name",
                 layout=wide,
                 **every,
             ),

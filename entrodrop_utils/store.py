@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -43,14 +43,19 @@ def fingerprint(model: nn.Module) -> str:
     config.pop("_name_or_path", None)  # where it was read from changes nothing
     parts = [torch.__version__, type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
     parts += [str(model.config._attn_implementation), str(getattr(model, "hf_device_map", ""))]
-    for path, module in model.named_modules():
-        # Weights that wait on disk or in memory until they are needed come for a while, a module at a time
-        with align_module_device(module, "cpu") if has_offloaded_params(module) else nullcontext():
-            for name, weight in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if weight.is_meta:
-                    raise NotCacheable(f"the weight {path}.{name} is on no device")
-                parts.append(f"{path}.{name} {weight.device.type} {digest(weight)}")
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:  # a weight that has two places comes once
+        parts.append(f"{name} {weight.device.type} {digest(_fetched(model, name) if weight.is_meta else weight)}")
     return key(*parts)
+
+
+def _fetched(model: nn.Module, name: str) -> Tensor:
+    """A weight that waits on disk or in memory until its module is needed."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    if not has_offloaded_params(module):
+        raise NotCacheable(f"the weight {name} is on no device")
+    with align_module_device(module, "cpu"):
+        return getattr(module, own)
 
 
 class NotCacheable(ValueError):
@@ -122,7 +127,7 @@ def keep(folder: str, of: str | None, table: pd.DataFrame) -> None:
 
 
 def by_set(
-    folder: str, of: str | None, sets: Iterable[str], compute: Callable[[list[str]], pd.DataFrame], done: Callable[[], None]
+    folder: str, of: str | None, sets: Collection[str], compute: Callable[[list[str]], pd.DataFrame], done: Callable[[], None]
 ) -> pd.DataFrame:
     """The rows of each of these sets (column ``set``): those kept under this key, and the others, computed and kept beside them.
 
