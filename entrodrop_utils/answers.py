@@ -26,7 +26,7 @@ def answer(model: PreTrainedModel, questions: Sequence[Question], sets: Sequence
     batches = list(_batches(_rows(questions, _longest_packed(model))))
     named = {written(one): one for one in sets}
     answers: dict[Set, dict[Question, Answer]] = {one: {} for one in sets}
-    base = store.base(model, "answers", "replay", "modeling_entrodrop")
+    base = store.base(model, "answers")
     with Bar(len(batches) * len(named), f"{len(questions)} questions") as done:
         for rows in batches:
 

@@ -112,7 +112,7 @@ def sweep(model: PreTrainedModel, windows: Int[Tensor, "window token"], sets: It
     named = {written(one): one for one in chosen}
     found, first = [], 0
     with Bar(len(chosen) * len(batches), "evaluating sets") as done:
-        base = store.base(model, "evaluation", "replay", "modeling_entrodrop")
+        base = store.base(model, "evaluation")
         for ids in batches:
 
             def compute(missing: list[str], ids=ids) -> pd.DataFrame:

@@ -77,7 +77,7 @@ def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: 
 
     What was measured before on this model and text is read from the store; the rest takes one forward pass a window.
     """
-    base = store.under(store.base(model, "entropy", "similarity", "residual", "self_check"), store.digest(windows))
+    base = store.under(store.base(model, "scoring"), store.digest(windows))
     keys = {name: store.under(base, metric, "" if is_entropy(metric) else kinds) for name, metric in metrics.items()}
     found = {name: store.load("scores", of) for name, of in keys.items()}
     if missing := {name: metric for name, metric in metrics.items() if found[name] is None}:

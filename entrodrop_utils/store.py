@@ -4,12 +4,14 @@ Scores and losses are pure functions of weights, tokens, settings and code, so a
 invalidated. A long run that is stopped goes on from here; deleting the folder (``make clean``) costs time only.
 """
 
+import ast
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from .profiles import DATA
 
+PACKAGE = Path(__file__).parent
 CACHE = DATA / "cache"
 
 
@@ -68,10 +71,37 @@ def key(*parts: object) -> str:
 
 
 @functools.cache
-def code(*modules: str) -> str:
-    """A hash of the source of modules of this package: what they compute may change with it."""
-    here = Path(__file__).parent
-    return key(*((here / f"{module}.py").read_text(encoding="utf-8") for module in modules))
+def code(*modules: str, package: Path = PACKAGE) -> str:
+    """A hash of the source of modules of this package and of all that they import from it, directly or through others.
+
+    Imports are read from the source, those inside functions too, so a change anywhere below a number gives it another key.
+    """
+    files: dict[str, bytes] = {}
+    waiting = [package / f"{module}.py" for module in modules]
+    while waiting:
+        file = waiting.pop()
+        if (name := file.relative_to(package).as_posix()) not in files:
+            files[name] = file.read_bytes()
+            waiting += _imported(file, package)
+    return key(*(part for name in sorted(files) for part in (name, hashlib.sha256(files[name]).hexdigest())))
+
+
+def _imported(file: Path, package: Path) -> Iterator[Path]:
+    """The files of the package that one of its files imports, and the ``__init__`` of every sub-package on the way."""
+    home = ".".join((package.name, *file.relative_to(package).parent.parts))
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), home)
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for root, *parts in (name.split(".") for name in names):
+            if root == package.name:
+                for end in range(1, len(parts) + 1):
+                    path = package.joinpath(*parts[:end])
+                    yield from (source for source in (path.with_suffix(".py"), path / "__init__.py") if source.is_file())
 
 
 def name(function: Callable) -> str:

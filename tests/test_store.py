@@ -1,5 +1,6 @@
 """The store: a key for all that a number depends on, and the same numbers with and without it."""
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -81,6 +82,51 @@ def test_the_settings_of_a_metric_are_in_its_name():
         store.name(lambda x: x)
     with pytest.raises(store.NotCacheable):
         store.name(scoring.without_first(lambda x: x))
+
+
+@pytest.mark.parametrize("module", ["scoring", "evaluation", "answers"])
+@pytest.mark.parametrize("below", ["modeling_entrodrop", "families", "sub_blocks", "self_check", "progress"])
+def test_the_key_changes_with_any_file_that_a_number_depends_on(module, below, tmp_path):
+    copy = tmp_path / store.PACKAGE.name
+    shutil.copytree(store.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = store.code(module, package=copy)
+    assert before == store.code(module)
+    store.code.cache_clear()
+    with open(copy / f"{below}.py", "a") as file:
+        file.write("# an edit at the end of a chain of imports\n")
+    assert store.code(module, package=copy) != before
+    store.code.cache_clear()
+
+
+def test_the_key_does_not_change_with_a_file_that_nothing_below_imports(tmp_path):
+    copy = tmp_path / store.PACKAGE.name
+    shutil.copytree(store.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "explorer_page.py").write_text("raise NotImplementedError\n")
+    assert store.code("scoring", package=copy) == store.code("scoring")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import suite.deep.end",
+        "from suite.deep import end",
+        "from .deep import end",
+        "from .deep.end import x",
+        "from . import deep",
+    ],
+)
+def test_every_form_of_import_is_followed(statement, tmp_path):
+    package = tmp_path / "suite"
+    (package / "deep").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "deep" / "__init__.py").write_text("def late():\n    from . import end\n")
+    (package / "deep" / "end.py").write_text("from ..last import y\nx = 1\n")
+    (package / "last.py").write_text("y = 1\n")
+    (package / "top.py").write_text(f"def inside():\n    {statement}\n")
+    before = store.code("top", package=package)
+    store.code.cache_clear()
+    (package / "last.py").write_text("y = 2\n")
+    assert store.code("top", package=package) != before
 
 
 def test_scores_are_measured_once(model, windows, monkeypatch):
