@@ -4,6 +4,7 @@ MODEL ?= smollm2-135m-instruct
 TEXT  ?= docs
 SEED  ?= 0
 ONLY  ?=
+SET   ?=
 PY    := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
@@ -15,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  reproduce takes SIZE=smoke|default|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0"
+	@echo "  reproduce takes SIZE=smoke|default|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0 SET='k=50'"
 
 env: .venv/.current ## set up .venv from the lock file (nothing to do when it is current)
 
@@ -33,7 +34,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	@touch $@
 
 reproduce: env ## run every notebook and put what it makes into place
-	@$(PY) -m entrodrop_utils.notebooks --model "$(MODEL)" --size "$(SIZE)" --text "$(TEXT)" --seed "$(SEED)" --only "$(ONLY)"
+	@$(PY) -m entrodrop_utils.runner --model "$(MODEL)" --size "$(SIZE)" --text "$(TEXT)" --seed "$(SEED)" --only "$(ONLY)" --set "$(SET)"
 
 models: env ## the models known by a short name, and which are on this machine
 	@$(PY) -m entrodrop_utils.models list
@@ -50,10 +51,11 @@ test-all: env ## all tests
 test-browser: env ## JupyterLab in a headless Chromium or Chrome, skipped where there is none
 	$(PY) -m pytest -m browser -rs
 
-lint: env ## style of code and notebooks, and whether the committed notebooks read well
+lint: env ## style, direction of imports, and whether the committed notebooks read well
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m entrodrop_utils.notebooks --check
+	.venv/bin/lint-imports --no-logo
+	$(PY) -m entrodrop_utils.runner --check
 
 bench: env ## speed of the estimators as ratios measured side by side
 	$(PY) tests/bench.py
@@ -62,7 +64,7 @@ lab: env ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab notebooks
 
 html: env ## the committed notebooks as web pages in build/html
-	@$(PY) -m entrodrop_utils.pages
+	@$(PY) -m entrodrop_utils.runner.pages
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 def _checked(x: Num[Tensor, "*batch token dim"], needs: int = 2) -> Float[Tensor, "*batch token dim"]:
-    """The states as a floating tensor of at least float32, or a ValueError that says what is wrong with them."""
+    """The states as a floating tensor of at least float32, or a ValueError that names their fault."""
     if not x.is_floating_point():
         raise ValueError(f"hidden states must be floating point, got {x.dtype}: token ids have no entropy of this kind")
     if x.ndim < 2 or x.shape[-2] < needs or x.shape[-1] < 1:
         raise ValueError(f"need at least {needs} tokens and one dimension (*batch, token, dim), got shape {tuple(x.shape)}")
-    # A sum that is finite has finite terms only; asking each of them costs more than the rest of the bucket estimate
+    # A finite sum has only finite terms, and testing every term costs more than the rest of the bucket estimate
     if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         raise ValueError(f"hidden states hold {int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}")
     # Half-precision values often lie exactly on a bin's edge, where float32 rounding would decide
@@ -35,10 +35,10 @@ _SHARED: ContextVar[dict | None] = ContextVar("shared", default=None)
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """While open, what several estimators need of one state (distances, spectrum) is computed once.
+    """While open, intermediate results that several estimators need of one state (distances, spectrum) are computed once.
 
-    So many k, or many alpha, cost little more than one. States must not be changed in place meanwhile; what was computed, and
-    the states, are held until it closes.
+    Many values of k or alpha then cost little more than one. States must not be changed in place meanwhile; they and the
+    results are held until the context closes.
     """
     token = _SHARED.set({})
     try:
@@ -48,27 +48,27 @@ def shared() -> Iterator[None]:
 
 
 def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function, whose results are remembered while ``shared`` is open."""
+    """The function, with its results kept while ``shared`` is open."""
 
     @functools.wraps(function)
-    def remembered(x: Tensor) -> Tensor:
-        if (known := _SHARED.get()) is None:
+    def cached(x: Tensor) -> Tensor:
+        if (results := _SHARED.get()) is None:
             return function(x)
-        # An address tells tensors apart as long as all of them are held
+        # Addresses identify tensors as long as all of them are held
         key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
-        if key not in known:
-            known[key] = x, function(x)
-        return known[key][1]
+        if key not in results:
+            results[key] = x, function(x)
+        return results[key][1]
 
-    return remembered
+    return cached
 
 
 @_once
 def squared_distances(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
     """Pairwise squared Euclidean distances in float64; exact zero between duplicates.
 
-    Centred first: hidden states share a large mean, and a matrix product of uncentred float32 states loses all of the
-    distance. What is below the rounding of the product is a duplicate, and its distance is 0.
+    The states are centred first: they share a large mean, and a matrix product of uncentred float32 states loses the whole
+    distance. A distance below the rounding error of the product is that of a duplicate, and is set to 0.
     """
     x = x.double()
     x = x - x.mean(-2, keepdim=True)
@@ -94,11 +94,13 @@ def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, 
     Raises:
         ValueError: fewer than two tokens, NaN or inf, integer states, ``bins`` below 2.
     """
-    if bins < 2:
-        raise ValueError(f"bins must be at least 2, got {bins}")
-    x = _checked(x)
+    if bins < 2 or bins != int(bins):
+        raise ValueError(f"bins must be a whole number of at least 2, got {bins}")
+    bins, x = int(bins), _checked(x)
     *batch, tokens, dim = x.shape
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+    if not torch.isfinite(high - low).all():  # a range past that of float32
+        return bucket(x.double(), bins)
     histograms = math.prod(batch) * dim
     integer = torch.int32 if histograms * bins < 2**31 else torch.int64
     index = (x - low).mul_(bins / (high - low).clamp(min=torch.finfo(x.dtype).tiny * bins)).to(integer).clamp_(max=bins - 1)
@@ -113,14 +115,14 @@ def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, 
 def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False) -> Float[Tensor, "*batch"]:
     """Kozachenko-Leonenko differential entropy: D mean(log r_k) + log V_D + psi(N) - psi(k).
 
-    r_k is the Euclidean distance to the k-th nearest neighbour and V_D the volume of the unit ball. Where a token has k
-    or more exact duplicates, r_k is 0 and the textbook formula is minus infinity; there the nearest token that differs
-    is used instead, with its own rank in place of k, which leaves the estimator as it is everywhere else.
+    r_k is the Euclidean distance to the k-th nearest neighbour and V_D the volume of the unit ball. Where a token has k or
+    more exact duplicates, r_k is 0 and the textbook formula gives minus infinity; the nearest token that differs is used
+    there, with its own rank as k. All other tokens are unaffected.
 
     Args:
         x: hidden states, ``*batch token dim``.
         k: neighbour, 1 <= k < token; the paper's code uses 25.
-        official: log N - log k in place of the digammas, as in the published code.
+        official: use log N - log k, as the published code does, and not the digammas.
     Returns:
         One entropy per leading index, nats (float64). It follows scale: H(a X) = H(X) + dim log a.
     Raises:
@@ -128,8 +130,9 @@ def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False)
     """
     x = _checked(x)
     tokens, dim = x.shape[-2:]
-    if not 1 <= k < tokens:
-        raise ValueError(f"k must be between 1 and token - 1 = {tokens - 1}, got {k}")
+    if not 1 <= k < tokens or k != int(k):
+        raise ValueError(f"k must be a whole number between 1 and token - 1 = {tokens - 1}, got {k}")
+    k = int(k)
     d2 = squared_distances(x)
     rank = (d2 == 0).sum(-1).clamp(min=k)  # rank 0 is the token itself: the first neighbour that differs, or k
     if (rank == tokens).any():
@@ -207,7 +210,7 @@ def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
     return 0.5 * (dim * math.log(2 * math.pi * math.e) + log_det)
 
 
-def matrix(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Float[Tensor, "*batch"]:
+def matrix_renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Float[Tensor, "*batch"]:
     """Matrix-based Renyi entropy of the trace-normalised token Gram matrix (Giraldo et al. 2015); alpha = 1: von Neumann.
 
     The states are not centred, as in "Attention Sinks and Compression Valleys in LLMs are Two Sides of the Same Coin"
@@ -240,4 +243,4 @@ def _spectrum(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch eig
     return torch.linalg.eigvalsh(gram / trace[..., None, None]).clamp(min=0)
 
 
-ESTIMATORS = {"bucket": bucket, "knn": knn, "renyi": renyi, "gaussian": gaussian, "matrix": matrix}
+ESTIMATORS = {"bucket": bucket, "knn": knn, "renyi": renyi, "gaussian": gaussian, "matrix_renyi": matrix_renyi}

@@ -3,14 +3,15 @@
 import io
 import string
 from collections.abc import Iterable
+from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .profiles import Profile
+from .profile import Profile
 
 # Okabe and Ito's colour-blind-safe palette; every series also has its own dash or marker, so it survives black-and-white print.
 COLOURS = {
@@ -18,7 +19,7 @@ COLOURS = {
     "knn": "#D55E00",
     "renyi": "#CC79A7",
     "gaussian": "#009E73",
-    "matrix": "#E69F00",
+    "matrix_renyi": "#E69F00",
     "cosine": "#000000",
     "norm_ratio": "#56B4E9",
     "angular": "#777777",
@@ -26,32 +27,13 @@ COLOURS = {
     "deepest first": "#8C6D1F",
 }
 MARKERS = dict(zip(COLOURS, "os^Dv*PX.d", strict=True))
-STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 160,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "entrodrop",  # the same figure is the same file
-}
+STYLE = Path(__file__).with_name("entrodrop.mplstyle")
 WIDTH = 7.0  # inches: two columns of a paper
 
 
 def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwargs) -> tuple[Figure, list[Axes]]:
     """A figure of lettered panels, flat in reading order; the last ``empty`` ones are left blank, for a legend."""
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.style.use(STYLE)
     figure = Figure(figsize=(WIDTH, height * rows))  # not pyplot's: those are shown at the end of the cell, without caption
     flat = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
     for axis in flat[len(flat) - empty :]:
@@ -76,12 +58,15 @@ def log_scale(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def show(figure: Figure, profile: Profile, name: str, caption: str) -> None:
+def show_figure(figure: Figure, profile: Profile, name: str, caption: str) -> None:
     """Write ``name``.png and .svg under the run's figures and show the same picture with its caption, which is its alt text too."""
-    folder = profile.output / "figures" / profile.folder
+    folder = profile.output_folder / "figures" / profile.folder
     folder.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
     figure.savefig(png, format="png", metadata={"Software": None})
     (folder / f"{name}.png").write_bytes(png.getvalue())
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
-    display(Image(png.getvalue(), width=int(figure.get_figwidth() * STYLE["figure.dpi"]), alt=caption), Markdown(f"*{caption}*"))
+    display(
+        Image(png.getvalue(), width=int(figure.get_figwidth() * matplotlib.rcParams["figure.dpi"]), alt=caption),
+        Markdown(f"*{caption}*"),
+    )

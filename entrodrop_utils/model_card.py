@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
-from .modeling_entrodrop import AUTO_CLASSES, RECORD, served
+from .families.modeling_entrodrop import AUTO_CLASSES, RECORD, classes_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _why(card: Card) -> str:
 
 
 def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> list[str]:
-    auto = next((name for name in AUTO_CLASSES[1:] if type(model).__name__ in served(name, model.config)), AUTO_CLASSES[0])
+    auto = next((name for name in AUTO_CLASSES[1:] if type(model).__name__ in classes_of(name, model.config)), AUTO_CLASSES[0])
     names, trust = [auto] + ["AutoTokenizer"] * tokenizer, ", trust_remote_code=True" * trusting
     code = [f"from transformers import {', '.join(names)}", "", f'model = {auto}.from_pretrained("this folder"{trust})']
     code += [f'tokenizer = AutoTokenizer.from_pretrained("this folder"{trust})'] * tokenizer
@@ -55,19 +56,20 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
         *("```python", *code, "```", ""),
         "`modeling_entrodrop.py` beside the weights is the code that this trusts: it builds the model without what was dropped.",
         "Plain transformers refuses the folder, as it would fill the gaps with random weights. With `entrodrop_utils` installed,",
-        '`dropping.load("this folder")` does the same.',
+        '`load_pruned("this folder")` does the same.',
     ]
 
 
-def render(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> str:
+def render_card(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> str:
     """The model card in Markdown, with the metadata that model hubs read; ``tokenizer`` says whether the folder holds one."""
-    record = getattr(model.config, RECORD, None) or {"layers": 0, "kept": [], "dropped": [], "stand_ins": {}}
+    record = getattr(model.config, RECORD, None) or {"layers": 0, "kept": [], "dropped": [], "bypasses": {}}
     base = card.base_model or _base_model(model)
     names = {"attention": "attention layers", "mlp": "MLPs", "block": "whole blocks"}
     gone = {names[kind]: sorted(layer for layer, k in record["dropped"] if k == kind) for kind in names}
-    lines = ["---", "library_name: transformers", "tags:", "- entrodrop", "- pruned"]
-    lines += [f"base_model: {base}"] * (base.count("/") == 1)
-    lines += ["---", "", f"# {base or type(model).__name__} without some of its layers", ""]
+    header = ModelCardData(
+        base_model=base if base.count("/") == 1 else None, library_name="transformers", tags=["entrodrop", "pruned"]
+    )
+    lines = ["---", header.to_yaml(), "---", "", f"# {base or type(model).__name__} without some of its layers", ""]
     if record["dropped"]:
         lines += [f"{base or 'The model'} had {record['layers']} layers. Dropped from it, counted in its layers from 0:", ""]
         lines += ["| what | how many | which |", "|---|---|---|"]
@@ -78,6 +80,6 @@ def render(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> str:
     if card.perplexity_before is not None and card.perplexity_after is not None:
         where = f" on {card.evaluation}" if card.evaluation else ""
         lines += ["", f"Perplexity{where}: {card.perplexity_before:.2f} before, {card.perplexity_after:.2f} after."]
-    lines += ["", "## How to load it", "", *_how_to_load(model, bool(record["stand_ins"]), tokenizer)]
+    lines += ["", "## How to load it", "", *_how_to_load(model, bool(record["bypasses"]), tokenizer)]
     lines += ["", "Method: EntroDrop ([arXiv 2504.03794](https://arxiv.org/abs/2504.03794)) and its baselines."]
     return "\n".join(lines) + "\n"

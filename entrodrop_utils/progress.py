@@ -1,7 +1,8 @@
-"""Progress of long steps: in the page when a person looks at one, in the terminal when notebooks run headless."""
+"""Progress bars of long steps: in the notebook page, or in the terminal when notebooks run headless."""
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
@@ -9,31 +10,45 @@ from typing import TypeVar
 from tqdm import tqdm as terminal_bar
 from tqdm.auto import tqdm as page_bar
 
-# The runner of notebooks names a file here and shows in the terminal what is appended to it: a bar that is drawn inside a
-# cell would be committed as a dead widget.
 T = TypeVar("T")
+# The runner sets this to a file and shows its text in the terminal: a bar drawn inside a cell would be committed as a dead widget
 HEADLESS = "ENTRODROP_PROGRESS"
-# Who is told of every step (what, done, total) in place of a bar; what it raises ends the work. A thread has its own.
+# Receives every step (label, done, total) in place of a bar; an exception that it raises ends the work. Each thread has its own.
 LISTENER: ContextVar[Callable[[str, int, int | None], None] | None] = ContextVar("listener", default=None)
 
 
-def step(what: str, done: int, total: int | None) -> None:
-    """Tell the listener, if there is one, how far ``what`` has come: for steps too short for a bar of their own."""
+def report_step(label: str, done: int, total: int | None) -> None:
+    """Report progress to the listener, if there is one: for steps too short for a bar of their own."""
     if listener := LISTENER.get():
-        listener(what, done, total)
+        listener(label, done, total)
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items, one by one, with a bar that says how far ``what`` has come and is gone when it is done."""
+_notices: set[str] = set()
+
+
+def notice(message: str) -> None:
+    """Say something once: in the terminal when notebooks run headless, as a warning otherwise."""
+    if message in _notices:
+        return
+    _notices.add(message)
+    if path := os.environ.get(HEADLESS):
+        with open(path, "a", encoding="utf-8") as log:
+            log.write(f"{message}\n")
+    else:
+        warnings.warn(message, stacklevel=3)
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """The items one by one, with a labelled bar that disappears when they are done."""
     if LISTENER.get():
         total = len(items) if total is None and hasattr(items, "__len__") else total
         for done, item in enumerate(items):
-            step(what, done, total)
+            report_step(label, done, total)
             yield item
     elif path := os.environ.get(HEADLESS):
         with open(path, "a", encoding="utf-8") as log:
-            yield from terminal_bar(items, what, total, file=log, leave=False, ascii=True, ncols=88, mininterval=1.0)
+            yield from terminal_bar(items, label, total, file=log, leave=False, ascii=True, ncols=88, mininterval=1.0)
     elif "ipykernel" in sys.modules:
-        yield from page_bar(items, desc=what, total=total, leave=False)
+        yield from page_bar(items, desc=label, total=total, leave=False)
     else:
-        yield from terminal_bar(items, what, total, leave=False, disable=None)
+        yield from terminal_bar(items, label, total, leave=False, disable=None)

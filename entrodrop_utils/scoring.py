@@ -1,29 +1,36 @@
-"""One pass over the calibration text: every metric of every sub-block (or position) on every sequence."""
+"""Scores: every metric of every sub-block on every calibration sequence, from one forward pass per sequence."""
 
 import functools
 import inspect
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from scipy.stats import kendalltau
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from . import store
 from .entropy import ESTIMATORS, shared
+from .families.self_check import measuring
 from .progress import progress
-from .residual import positions, watch
+from .residual import KINDS, SubBlock, capture, check_tokens, endpoints, find
 from .similarity import SIMILARITIES
-from .sub_blocks import KINDS, find, layers
 
-Metric = Callable[..., Tensor]  # of one state: an entropy; of two, a sub-block's input and output: a similarity
+Metric = Callable[..., Tensor]  # an entropy takes one state; a similarity takes a sub-block's input and output
 METRICS: dict[str, Metric] = {**ESTIMATORS, **SIMILARITIES}
-AT_ONCE = 8  # states whose metrics are computed: each takes memory, and the model's own pass is not shared out
-OFFICIAL_PROTECTED = (0, 1, -1)  # the layers that the published code never drops
+MAX_THREADS = 8  # each estimate holds its own temporary tensors
+
+
+def configured(name: str, **settings: int | float) -> Metric:
+    """A registered metric with those of these settings that it has: ``configured("knn", bins=40, k=50)`` is knn with k = 50.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    (metric,) = resolve([name]).values()
+    parameters = inspect.signature(metric).parameters
+    changed = {key: value for key, value in settings.items() if key in parameters and value != parameters[key].default}
+    return functools.partial(metric, **changed) if changed else metric
 
 
 def without_first(metric: Metric) -> Metric:
@@ -38,27 +45,27 @@ def without_first(metric: Metric) -> Metric:
 
 
 def first_tokens(metric: Metric, n: int) -> Metric:
-    """The metric of the first ``n`` tokens of each sequence: in a causal model what windows of ``n`` tokens would give.
+    """The metric of the first ``n`` tokens of each sequence; in a causal model these are the states of a window of ``n`` tokens.
 
     Raises:
-        ValueError: when it is called with fewer tokens.
+        ValueError: on a call with fewer tokens.
     """
 
     @functools.wraps(metric)
     def shortened(*states: Tensor) -> Tensor:
         if states[0].shape[-2] < n:
-            raise ValueError(f"{n} tokens are asked for, the sequences have {states[0].shape[-2]}: use longer windows")
+            raise ValueError(f"{n} tokens were asked for, the sequences have {states[0].shape[-2]}: use longer windows")
         return metric(*(state[..., :n, :] for state in states))
 
     shortened.about = (f"the first {n} tokens", metric)
     return shortened
 
 
-def resolve(metrics: Iterable[str] | Mapping[str, Metric]) -> dict[str, Metric]:
-    """Name -> metric, from registered names or from a mapping of one's own (``{"bucket, 40 bins": partial(bucket, bins=40)}``).
+def resolve(metrics: Iterable[str] | Mapping[Hashable, Metric]) -> dict[Hashable, Metric]:
+    """Name -> metric, from registered names or from a mapping (``{"bucket40": partial(bucket, bins=40)}``).
 
     Raises:
-        ValueError: an unknown name, with the list of those that exist.
+        ValueError: an unknown name, with the list of registered ones.
     """
     if isinstance(metrics, Mapping):
         return dict(metrics)
@@ -68,159 +75,120 @@ def resolve(metrics: Iterable[str] | Mapping[str, Metric]) -> dict[str, Metric]:
 
 
 def is_entropy(metric: Metric) -> bool:
-    """Whether a metric looks at one state (an entropy, whose increase is the score) rather than at input and output."""
+    """Whether a metric takes one state (an entropy, whose increase is the score) or a sub-block's input and output."""
     return sum(p.default is p.empty for p in inspect.signature(metric).parameters.values()) == 1
 
 
-def _measure(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dict, kinds: tuple, what: str) -> dict:
-    """Name -> table of every metric: position (an entropy) or kind and layer (a similarity), sequence, value.
+@measuring
+def measure(
+    model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: Mapping[Hashable, Metric], kinds: Sequence[str], label: str
+) -> dict[Hashable, pd.DataFrame]:
+    """Every metric of every window: for an entropy by endpoint, for a similarity by kind and layer.
 
-    What was measured before on this model and text is read from the store; the rest takes one forward pass a window.
+    The states of one window are held at a time. Each state's metrics run in one thread with one core, so a value does not depend on
+    the number of threads.
+
+    Returns:
+        metric -> endpoint, sequence, value; or kind, layer, sequence, value.
     """
-    base = store.under(store.base(model, "scoring"), store.digest(windows))
-    keys = {name: store.under(base, metric, "" if is_entropy(metric) else kinds) for name, metric in metrics.items()}
-    found = {name: store.load("scores", of) for name, of in keys.items()}
-    if missing := {name: metric for name, metric in metrics.items() if found[name] is None}:
-        for name, table in _pass(model, windows, missing, kinds, what).items():
-            found[name] = table
-            store.keep("scores", keys[name], table)
-    return found
-
-
-def _pass(model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: dict, kinds: tuple, what: str) -> dict:
-    """The metrics by one forward pass a window, each state's in a thread of its own: one estimate is too small for many cores.
-
-    So a value does not depend on the number of threads. At most two states a thread and three more are alive at a time.
-    """
-    entropies = {name: metric for name, metric in metrics.items() if is_entropy(metric)}
-    similarities = {name: metric for name, metric in metrics.items() if name not in entropies}
-    rows: dict[str, list[tuple]] = {name: [] for name in metrics}
-    ends = {}
-
-    def noted(values: Future) -> None:
-        for name, row in values.result():
-            rows[name].append(row)
-
-    for kind in kinds if similarities else ():
-        for sub_block in find(model, kind):
-            start, end = positions(sub_block)
-            ends.setdefault(end, []).append((start, sub_block))
-    threads = min(torch.get_num_threads(), AT_ONCE) if model.device.type == "cpu" else 1
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for sequence, window in enumerate(progress(windows, what)):
-            alive: dict[int, Tensor] = {}
-            measuring: deque[Future] = deque()
-
-            def seen(position: int, state: Tensor, sequence=sequence, alive=alive, measuring=measuring) -> None:
-                alive[position] = x = state[0].detach().clone()  # some models go on to change it in place
-                alive.pop(position - 3, None)
-                pairs = [(sub_block, alive[start]) for start, sub_block in ends.get(position, ())]
-                measuring.append(pool.submit(_values, entropies, similarities, (position, sequence), x, pairs))
-                if len(measuring) > 2 * threads:
-                    noted(measuring.popleft())
-
-            with watch(model, seen), torch.inference_mode():
+    check_tokens(model, windows)
+    similarities = [key for key, metric in metrics.items() if not is_entropy(metric)]
+    sub_blocks = [sub_block for kind in kinds for sub_block in find(model, kind)] if similarities else []
+    rows: dict[Hashable, list[tuple]] = {key: [] for key in metrics}
+    n_threads = min(torch.get_num_threads(), MAX_THREADS) if model.device.type == "cpu" else 1
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for sequence, window in enumerate(progress(windows, label)):
+            stream: list[Tensor] = []
+            with capture(model, lambda _, state, stream=stream: stream.append(state[0].clone())):
                 model.base_model(window[None].to(model.device), use_cache=False)
-            for one in measuring:
-                noted(one)
-    of = {name: ["position"] if name in entropies else ["kind", "layer"] for name in metrics}
-    return {name: pd.DataFrame(rows[name], columns=[*of[name], "sequence", "value"]) for name in metrics}
+            for endpoint, values in enumerate(pool.map(functools.partial(_entropies, metrics), stream)):
+                for key, value in values.items():
+                    rows[key].append((endpoint, sequence, value))
+            changes = pool.map(functools.partial(_similarities, metrics, stream), sub_blocks)
+            for sub_block, values in zip(sub_blocks, changes, strict=True):
+                for key, value in values.items():
+                    rows[key].append((*reversed(sub_block), sequence, value))
+    columns = {key: ["kind", "layer"] if key in similarities else ["endpoint"] for key in metrics}
+    return {key: pd.DataFrame(rows[key], columns=[*columns[key], "sequence", "value"]) for key in metrics}
 
 
 @torch.inference_mode()
-def _values(entropies: dict, similarities: dict, at: tuple[int, int], x: Tensor, pairs: list[tuple]) -> list[tuple[str, tuple]]:
-    """(name, row) of every metric of the state at a position of a sequence, and of the sub-blocks that end there."""
+def _entropies(metrics: Mapping[Hashable, Metric], state: Tensor) -> dict[Hashable, float]:
     with shared():
-        found = [(name, (*at, float(metric(x)))) for name, metric in entropies.items()]
-    for sub_block, before in pairs:
-        row = sub_block.kind, sub_block.layer, at[1]
-        found += [(name, (*row, float(metric(before, x)))) for name, metric in similarities.items()]
-    return found
+        return {key: float(metric(state)) for key, metric in metrics.items() if is_entropy(metric)}
 
 
-def entropies(
-    model: nn.Module, windows: Int[Tensor, "sequence token"], estimators: Iterable[str] | Mapping[str, Metric] = tuple(ESTIMATORS)
-) -> pd.DataFrame:
-    """Entropy of the residual stream at each of its 2 L + 1 positions.
-
-    Returns:
-        position, estimator, sequence, value (nats).
-    """
-    chosen = resolve(estimators)
-    if wrong := [name for name, metric in chosen.items() if not is_entropy(metric)]:
-        raise ValueError(f"{', '.join(wrong)} compares two states and has no value at one position: use scoring.score")
-    found = _measure(model, windows, chosen, (), "entropy of the stream")
-    return pd.concat([found[name].assign(estimator=name) for name in chosen])[["position", "estimator", "sequence", "value"]]
+@torch.inference_mode()
+def _similarities(metrics: Mapping[Hashable, Metric], stream: list[Tensor], sub_block: SubBlock) -> dict[Hashable, float]:
+    x, y = (stream[endpoint] for endpoint in endpoints(sub_block))
+    return {key: float(metric(x.to(y.device), y)) for key, metric in metrics.items() if not is_entropy(metric)}
 
 
 def score(
     model: nn.Module,
     windows: Int[Tensor, "sequence token"],
-    metrics: Iterable[str] | Mapping[str, Metric] = ("bucket", "knn", "cosine"),
+    metrics: Iterable[str] | Mapping[Hashable, Metric] = ("bucket", "knn", "cosine"),
     kinds: Iterable[str] = KINDS,
+    labels: Sequence[str] = ("metric",),
+    measure: Callable[..., dict] = measure,
 ) -> pd.DataFrame:
-    """Every metric of every sub-block on every calibration sequence; the smaller the value, the more redundant.
+    """Every metric of every sub-block on every calibration sequence; the smaller the value, the more redundant the sub-block.
 
-    For an entropy the value is the increase H(out) - H(in) in nats (arXiv 2504.03794), for a similarity the change of the
-    state. One forward pass a window, without logits; states are freed as they are used.
+    The score of an entropy is the increase H(out) - H(in) in nats (EntroDrop, arXiv 2504.03794), the score of a similarity is the
+    change of the state. One forward pass per window, without logits.
 
+    Args:
+        metrics: registered names, or a mapping from a name to a metric.
+        labels: the columns that name a metric; with more than one, the keys of ``metrics`` are tuples of as many values.
+        measure: computes the values; ``cached_scoring`` passes one that keeps them on disk.
     Returns:
-        kind, layer, metric, sequence, value.
+        kind, layer, *labels, sequence, value.
     Raises:
-        ValueError: an unknown metric or kind.
+        ValueError: an unknown metric or kind, or tokens that the model cannot read.
+
+    >>> scores = score(model, windows, ["bucket", "cosine"], kinds=["attention"])
+    >>> list(scores.columns), len(scores) == 2 * n_layers * len(windows)
+    (['kind', 'layer', 'metric', 'sequence', 'value'], True)
     """
     chosen, kinds = resolve(metrics), tuple(kinds)
-    found, rows = _measure(model, windows, chosen, kinds, "scoring"), []
-    value = {name: table.set_index(list(table.columns[:-1])).value.to_dict() for name, table in found.items()}
-    sequences = range(len(windows))
-    for kind in kinds:
-        for sub_block in find(model, kind):
-            start, end = positions(sub_block)
-            for name, metric in chosen.items():
-                of = value[name]
+    tables = measure(model, windows, chosen, kinds, "scoring")
+    value = {key: table.set_index(list(table.columns[:-1])).value.to_dict() for key, table in tables.items()}
+    rows = []
+    for sub_block in (sub_block for kind in kinds for sub_block in find(model, kind)):
+        start, end = endpoints(sub_block)
+        for key, metric in chosen.items():
+            named = (sub_block.kind, sub_block.layer, *(key if len(labels) > 1 else [key]))
+            for sequence in range(len(windows)):
                 if is_entropy(metric):
-                    values = [of[end, sequence] - of[start, sequence] for sequence in sequences]
+                    increase = value[key][end, sequence] - value[key][start, sequence]
+                    rows.append((*named, sequence, increase))
                 else:
-                    values = [of[kind, sub_block.layer, sequence] for sequence in sequences]
-                rows += [(kind, sub_block.layer, name, sequence, v) for sequence, v in enumerate(values)]
-    return pd.DataFrame(rows, columns=["kind", "layer", "metric", "sequence", "value"])
+                    rows.append((*named, sequence, value[key][sub_block.kind, sub_block.layer, sequence]))
+    return pd.DataFrame(rows, columns=["kind", "layer", *labels, "sequence", "value"])
 
 
-def bootstrap(values: Float[np.ndarray, "sample *rest"], draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw *rest"]:
-    """Means of resampled sequences: the bootstrap distribution of the mean over the first axis."""
-    values = np.asarray(values, dtype=float)
-    count = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    return np.tensordot(count / len(values), values, axes=1)
+def entropies(
+    model: nn.Module,
+    windows: Int[Tensor, "sequence token"],
+    estimators: Iterable[str] | Mapping[Hashable, Metric] = tuple(ESTIMATORS),
+    labels: Sequence[str] = ("estimator",),
+    measure: Callable[..., dict] = measure,
+) -> pd.DataFrame:
+    """Entropy of the residual stream at each of its 2 L + 1 endpoints; arguments as for ``score``.
 
+    Returns:
+        endpoint, *labels, sequence, value (nats).
+    Raises:
+        ValueError: an unknown estimator, or a similarity.
 
-def interval(table: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFrame:
-    """Mean of ``value`` over sequences for each group, with its 95% bootstrap interval: *by, mean, low, high.
-
-    The same resampled sequences serve every group, so that differences between groups can be compared.
+    >>> curve = entropies(model, windows, ["bucket"]).groupby("endpoint").value.mean()
+    >>> len(curve) == 2 * n_layers + 1
+    True
     """
-    wide = table.pivot_table(index="sequence", columns=by, values="value", sort=False)
-    draws = bootstrap(wide.to_numpy(), seed=seed)
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    return pd.DataFrame({"mean": wide.mean(), "low": low, "high": high}).reset_index()
-
-
-def agreement(
-    one: Float[np.ndarray, "sequence layer"], other: Float[np.ndarray, "sequence layer"], draws: int = 200, seed: int = 0
-) -> tuple[float, float, float]:
-    """Kendall's tau between the rankings of two scores of the same layers, with its 95% interval.
-
-    Both scores are resampled together, sequence by sequence. Where a score is the same for all layers there is no ranking: nan.
-    """
-    pairs = zip(*(np.vstack([scores.mean(0), bootstrap(scores, draws, seed)]) for scores in (one, other)), strict=True)
-    tau, *drawn = (kendalltau(a, b).statistic for a, b in pairs)
-    return tau, *np.percentile(drawn, [2.5, 97.5])
-
-
-def verdict(low: float, high: float, goal: float = 0.0) -> str:
-    """Whether a claim that something exceeds the goal holds, given the 95% interval of that something."""
-    return "holds" if low > goal else "does not hold" if high <= goal else "inconclusive"
-
-
-def depth(model: nn.Module) -> int:
-    """The number of decoder layers."""
-    return len(layers(model))
+    chosen = resolve(estimators)
+    if wrong := [str(key) for key, metric in chosen.items() if not is_entropy(metric)]:
+        raise ValueError(f"{', '.join(wrong)} compares two states and has no value at one endpoint: use score")
+    tables = measure(model, windows, chosen, (), "entropy of the stream")
+    named = [(key if len(labels) > 1 else (key,), table) for key, table in tables.items()]
+    parts = [table.assign(**dict(zip(labels, values, strict=True))) for values, table in named]
+    return pd.concat(parts)[["endpoint", *labels, "sequence", "value"]]

@@ -1,6 +1,6 @@
 """Scores that compare a sub-block's input with its output: pure functions of two ``Float[Tensor, "*batch token dim"]``.
 
-In all of them a small value means that the sub-block changes the residual stream little, so the smallest goes first.
+A small value means that the sub-block changes the residual stream little; the smallest is dropped first.
 """
 
 import math

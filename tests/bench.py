@@ -46,7 +46,7 @@ if __name__ == "__main__":
     threads = torch.get_num_threads()
     config = LlamaConfig(vocab_size=576, hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9)
     model, window = LlamaForCausalLM(config).eval(), torch.arange(256)[None]
-    at_once = seconds(lambda: scoring._pass(model, window, entropy.ESTIMATORS, (), ""), 3)
+    at_once = seconds(lambda: scoring.measure(model, window, entropy.ESTIMATORS, (), ""), 3)
     in_turn = seconds(lambda: one_after_another(model, window), 3)
     print(f"5 estimators of the 17 states of 256 tokens x 576 dimensions, {threads} threads, median of 3")
     print(f"  a state in each thread against one after another: {in_turn:.2f} s / {at_once:.2f} s = {in_turn / at_once:.1f}x")

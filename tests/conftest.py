@@ -11,11 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True)
-def own_store(tmp_path, monkeypatch):
+def own_cache(tmp_path, monkeypatch):
     """What a test computes is computed, and not read from an earlier run."""
-    from entrodrop_utils import store
+    from entrodrop_utils import cache
 
-    monkeypatch.setattr(store, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -34,6 +34,6 @@ def smollm2():
     from entrodrop_utils import models
 
     try:
-        return models.load()
+        return models.load_model()
     except models.ModelUnavailable as error:
         pytest.skip(str(error))

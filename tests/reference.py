@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from families import BY_NAME, DEPTH, Family, ids, tiny
+from families import BY_NAME, DEPTH, VOCAB, Family, ids, tiny
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from entrodrop_utils.sub_blocks import KINDS, SubBlock, layers
+from entrodrop_utils.families.decoder import decoder_layers
+from entrodrop_utils.families.layouts import LAYOUTS
+from entrodrop_utils.residual import KINDS, SubBlock, layout_of
 
 
 def sets(family: Family) -> list[list[SubBlock]]:
@@ -36,7 +40,7 @@ def without_contribution(family: Family, model, sub_blocks):
     for layer, kind in sub_blocks:
         for wanted in ("attention", "mlp") if kind == "block" else (kind,):
             hit = 0
-            for path, value in layers(model)[layer].named_parameters():
+            for path, value in decoder_layers(model)[layer].named_parameters():
                 if any(path == end or path.startswith(f"{end}.") for end in getattr(family, wanted)):
                     value.data.zero_()
                     hit += 1
@@ -46,7 +50,7 @@ def without_contribution(family: Family, model, sub_blocks):
 
 def shortened(family: Family, model, gone: set[int]):
     """A model of the same class built with fewer layers and given the weights of those that are left."""
-    prefix = next(name for name, part in model.named_modules() if part is layers(model))
+    prefix = next(name for name, part in model.named_modules() if part is decoder_layers(model))
     kept = [i for i in range(DEPTH) if i not in gone]
     whole = copy.deepcopy({**family.common, **family.settings})
     settings = whole.get("text_config", whole)
@@ -71,6 +75,10 @@ def shortened(family: Family, model, gone: set[int]):
     return fresh
 
 
+def layout_name(model) -> str:
+    return next(name for name, layout in LAYOUTS.items() if layout is layout_of(model))
+
+
 def output(model, input_ids) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids)[0]
@@ -78,6 +86,13 @@ def output(model, input_ids) -> torch.Tensor:
 
 def close(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows the words w0, w1 and so on; every other one is w2."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2", pad_token="w0", bos_token="w1")
 
 
 def cache_bytes(model, tokens) -> dict[int, int]:
@@ -97,7 +112,7 @@ def owned(name: str, layer: int, kind: str) -> tuple[str, ...]:
     """Parameters of a layer that serve one branch alone, found without the suite: with the branch cut off they get no gradient."""
     family = BY_NAME[name]
     model = without_contribution(family, tiny(name), [SubBlock(layer, kind)])
-    parameters = dict(layers(model)[layer].named_parameters())
+    parameters = dict(decoder_layers(model)[layer].named_parameters())
     for path, value in parameters.items():
         value.requires_grad_(not any(path == end or path.startswith(f"{end}.") for end in getattr(family, kind)))
     model(ids())[0].square().sum().backward()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from entrodrop_utils import dropping, entropy, evaluation, residual, scoring
-from entrodrop_utils.profiles import ROOT
-from entrodrop_utils.sub_blocks import SubBlock
+from entrodrop_utils.paths import ROOT
+from entrodrop_utils.residual import SubBlock
 
 TEXT = (
     "The harbour lies on the eastern side of the island, where two rivers meet the sea. In the eighteenth century it was the "

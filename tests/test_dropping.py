@@ -10,9 +10,11 @@ from families import ids, tiny
 from reference import output
 from transformers import AutoModelForCausalLM
 
-from entrodrop_utils import dropping, modeling_entrodrop, sub_blocks
-from entrodrop_utils.dropping import RECORD
-from entrodrop_utils.sub_blocks import KINDS, SubBlock
+from entrodrop_utils import dropping, saving
+from entrodrop_utils.families import modeling_entrodrop
+from entrodrop_utils.families.decoder import decoder_layers
+from entrodrop_utils.families.modeling_entrodrop import RECORD
+from entrodrop_utils.residual import KINDS, SubBlock, find, layout_of
 
 ATTENTION, MLP, BLOCK = ((lambda layer, kind=kind: SubBlock(layer, kind)) for kind in KINDS)
 
@@ -27,7 +29,7 @@ def fingerprint(model) -> tuple:
     )
 
 
-HOW = {"dropped": lambda *args: dropping.dropped(*args).__enter__(), "remove": dropping.remove}
+HOW = {"dropped": lambda *args: dropping.dropped(*args).__enter__(), "remove": saving.remove}
 BAD = {
     "a layer that does not exist": ([BLOCK(4)], r"block 4 does not exist: the model has 4 layers, 4 with block"),
     "a layer counted from the end": ([MLP(-1)], r"mlp -1 does not exist"),
@@ -46,7 +48,7 @@ BAD = {
 def test_bad_input_is_one_clear_error_and_changes_nothing(case, how):
     chosen, message = BAD[case]
     model = tiny("Gemma 3 (text)")
-    sub_blocks.layout(model)
+    layout_of(model)
     before = fingerprint(model)
     with pytest.raises(ValueError, match=message):
         HOW[how](model, chosen)
@@ -59,9 +61,9 @@ def test_a_transformers_whose_cache_keeps_every_layer_is_refused(monkeypatch):
     model = tiny("Llama")
     before = fingerprint(model)
     with pytest.raises(RuntimeError, match=r"use transformers 5\.23 or newer"):
-        dropping.remove(model, [ATTENTION(0)])
+        saving.remove(model, [ATTENTION(0)])
     assert fingerprint(model) == before
-    dropping.remove(model, [MLP(0), BLOCK(1)])  # these need nothing of it
+    saving.remove(model, [MLP(0), BLOCK(1)])  # these need nothing of it
     monkeypatch.undo()
     modeling_entrodrop.require_cache_without_gaps.cache_clear()
 
@@ -70,21 +72,21 @@ def test_a_quantised_model_is_refused():
     model = tiny("Llama")
     model.is_quantized = True
     with pytest.raises(ValueError, match="quantised: load it dequantised"):
-        dropping.remove(model, [MLP(0)])
+        saving.remove(model, [MLP(0)])
 
 
 def test_what_was_dropped_cannot_be_dropped_again():
-    model = dropping.remove(tiny("Llama"), [ATTENTION(1), BLOCK(3)])
+    model = saving.remove(tiny("Llama"), [ATTENTION(1), BLOCK(3)])
     with pytest.raises(ValueError, match=r"attention 1 was dropped before or .*: the model has 3 layers, 2 with attention"):
-        dropping.remove(model, [ATTENTION(1)])
+        saving.remove(model, [ATTENTION(1)])
     with pytest.raises(ValueError, match=r"block 3 does not exist"):
-        dropping.remove(model, [BLOCK(3)])
+        saving.remove(model, [BLOCK(3)])
 
 
 def test_nothing_dropped_is_the_same_model():
     model = tiny("Llama")
     before = fingerprint(model)
-    assert dropping.remove(model, []) is model
+    assert saving.remove(model, []) is model
     with dropping.dropped(model, []):
         pass
     assert fingerprint(model) == before
@@ -96,9 +98,9 @@ def test_the_model_is_as_it_was_after_the_context(name):
     before, dense = fingerprint(model), output(model, ids())
     with dropping.dropped(model, [ATTENTION(0), MLP(3), BLOCK(1)]):
         assert not torch.allclose(output(model, ids()), dense)
-        assert len(sub_blocks.layers(model)) == 3
+        assert len(decoder_layers(model)) == 3
         with dropping.dropped(model, [MLP(0)]):  # counted as the layers are now
-            assert sub_blocks.find(model, "mlp") == [MLP(1)]
+            assert find(model, "mlp") == [MLP(1)]
     assert fingerprint(model) == before
     with pytest.raises(RuntimeError, match="stop"), dropping.dropped(model, [BLOCK(0)]):
         raise RuntimeError("stop")
@@ -108,21 +110,21 @@ def test_the_model_is_as_it_was_after_the_context(name):
 
 def test_drops_compose_and_the_record_counts_as_at_first():
     step_by_step = tiny("Gemma 3 (text)")
-    dropping.remove(step_by_step, [ATTENTION(2)])
-    dropping.remove(step_by_step, [BLOCK(0)])
-    dropping.remove(step_by_step, [MLP(2)])  # the last of the three that are left
-    at_once = dropping.remove(tiny("Gemma 3 (text)"), [ATTENTION(2), BLOCK(0), MLP(3)])
+    saving.remove(step_by_step, [ATTENTION(2)])
+    saving.remove(step_by_step, [BLOCK(0)])
+    saving.remove(step_by_step, [MLP(2)])  # the last of the three that are left
+    at_once = saving.remove(tiny("Gemma 3 (text)"), [ATTENTION(2), BLOCK(0), MLP(3)])
     assert torch.equal(output(step_by_step, ids()), output(at_once, ids()))
     record = getattr(step_by_step.config, RECORD)
     assert record == getattr(at_once.config, RECORD)
     assert record["kept"] == [1, 2, 3]
     assert record["dropped"] == [[2, "attention"], [0, "block"], [3, "mlp"]]
-    assert dropping.missing(record) == [ATTENTION(1), MLP(2)]
+    assert saving.missing_branches(record) == [ATTENTION(1), MLP(2)]
 
 
 def test_every_mlp_may_go():
-    model = dropping.remove(tiny("Llama"), [MLP(i) for i in range(4)])
-    assert sub_blocks.find(model, "mlp") == []
+    model = saving.remove(tiny("Llama"), [MLP(i) for i in range(4)])
+    assert find(model, "mlp") == []
     made = model.generate(ids(), max_new_tokens=8, do_sample=False)
     assert made.shape == (2, 18)
 
@@ -130,7 +132,7 @@ def test_every_mlp_may_go():
 @pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"num_beams": 3}], ids=["static cache", "beams"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3 (text)"])
 def test_other_ways_to_generate(name, how):
-    model = dropping.remove(tiny(name), [ATTENTION(0), ATTENTION(2), MLP(1)])
+    model = saving.remove(tiny(name), [ATTENTION(0), ATTENTION(2), MLP(1)])
     if "num_beams" in how:
         expected = model.generate(ids(), max_new_tokens=20, do_sample=False, use_cache=False, **how)
     else:
@@ -141,7 +143,7 @@ def test_other_ways_to_generate(name, how):
 
 def test_a_model_spread_over_devices(tmp_path):
     """Layers that wait on disk are a device of their own: what is dropped must not be read, and the rest must still arrive."""
-    dropping.save(tiny("Llama"), tmp_path / "whole")
+    saving.save_pruned(tiny("Llama"), tmp_path / "whole")
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "model.layers.3": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", device_map=places, offload_folder=tmp_path / "disk")
@@ -166,8 +168,8 @@ def test_what_a_layer_is_follows_it_to_its_new_place(tmp_path, name, settings, c
     kinds = [type(layer.mlp).__name__ for layer in model.model.layers]
     with dropping.dropped(model, chosen):
         expected = output(model, ids())
-    dropping.remove(model, chosen)
-    back = dropping.load(dropping.save(model, tmp_path / "saved"))
+    saving.remove(model, chosen)
+    back = saving.load_pruned(saving.save_pruned(model, tmp_path / "saved"))
     assert torch.equal(output(back, ids()), expected)
     gone = {layer for layer, kind in chosen if kind == "block"}
     assert [type(layer.mlp).__name__ for layer in back.model.layers] == [kind for i, kind in enumerate(kinds) if i not in gone]
@@ -177,7 +179,7 @@ def test_a_list_of_one_value_a_layer_follows_whatever_it_is_called():
     model = tiny("Llama")
     model.config.num_heads_by_layer = [4, 3, 2, 1]
     model.config.eos_token_id = [5, 6, 7, 8]  # as long, and no list of layers
-    dropping.remove(model, [BLOCK(1)])
+    saving.remove(model, [BLOCK(1)])
     assert model.config.num_heads_by_layer == [4, 2, 1]
     assert model.config.eos_token_id == [5, 6, 7, 8]
 
@@ -188,7 +190,7 @@ def test_blocks_without_which_no_config_describes_the_model_stay():
     for model, layer in ((transformers.GPT2LMHeadModel(config).eval(), 1), (tiny("ModernBERT"), 0)):
         before = fingerprint(model)
         with pytest.raises(ValueError, match=rf"without block {layer} no config describes the model"):
-            dropping.remove(model, [BLOCK(layer)])
+            saving.remove(model, [BLOCK(layer)])
         assert fingerprint(model) == before
         with dropping.dropped(model, [BLOCK(layer)]):
             assert output(model, ids()).isfinite().all()
@@ -198,5 +200,5 @@ def test_the_part_of_one_layer_that_serves_all_stays():
     model = tiny("T5 (encoder)")
     for sub_block in (ATTENTION(0), BLOCK(0)):
         with pytest.raises(ValueError, match="cannot be dropped: its relative_attention_bias serves the attention of all layers"):
-            dropping.remove(model, [sub_block])
-    dropping.remove(model, [MLP(0), ATTENTION(1), BLOCK(2)])
+            saving.remove(model, [sub_block])
+    saving.remove(model, [MLP(0), ATTENTION(1), BLOCK(2)])

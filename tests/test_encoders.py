@@ -5,8 +5,8 @@ import torch
 from families import ids, tiny
 from scipy.stats import spearmanr
 
-from entrodrop_utils import encoders
-from entrodrop_utils.sub_blocks import SubBlock
+from entrodrop_utils.residual import SubBlock
+from entrodrop_utils.tasks import encoders
 
 
 def random_embeddings(seed, n=8):
@@ -16,7 +16,7 @@ def random_embeddings(seed, n=8):
 
 def test_agreement_is_spearmans_over_the_other_halves():
     dense, pruned = random_embeddings(0), random_embeddings(1)
-    judged = encoders.judge(dense, pruned)
+    judged = encoders.compare_embeddings(dense, pruned)
     for window in range(4):
         agreement, distance, found = [], [], []
         for half in (window, window + 4):
@@ -31,7 +31,7 @@ def test_agreement_is_spearmans_over_the_other_halves():
 
 def test_a_model_agrees_with_itself_and_finds_equal_halves():
     one = random_embeddings(0, 4)
-    judged = encoders.judge(torch.cat([one, one]), torch.cat([one, one]))
+    judged = encoders.compare_embeddings(torch.cat([one, one]), torch.cat([one, one]))
     np.testing.assert_allclose(judged.to_numpy(), [[1, 0, 1]] * 4, atol=1e-12)
 
 
@@ -57,14 +57,14 @@ def test_sweep_judges_each_set_against_the_encoder_as_it_is():
     model, tokens = tiny("BERT"), ids(6)
     whole = encoders.embed(model, tokens)
     sets = [(), (SubBlock(2, "mlp"), SubBlock(1, "attention")), (SubBlock(1, "attention"), SubBlock(2, "mlp"))]
-    table = encoders.sweep(model, tokens, sets)
+    table = encoders.agreement_by_set(model, tokens, sets)
     assert len(table) == 2 * 3  # two different sets, three windows
     np.testing.assert_allclose(table[table["set"] == ()].agreement, 1)
     with torch.no_grad():  # by hand: the branches' last matrices add nothing
         for part in (model.bert.encoder.layer[1].attention.output.dense, model.bert.encoder.layer[2].output.dense):
             part.weight.zero_()
             part.bias.zero_()
-    expected = encoders.judge(whole, encoders.embed(model, tokens))
+    expected = encoders.compare_embeddings(whole, encoders.embed(model, tokens))
     found = table[table["set"] == tuple(sorted(sets[1]))]
     np.testing.assert_allclose(found[["agreement", "distance", "found"]], expected, atol=1e-6)
     assert expected.distance.min() > 1e-4

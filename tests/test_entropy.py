@@ -150,12 +150,12 @@ def test_matrix_from_singular_values(tokens, dim, alpha):
     p = np.linalg.svd(x.numpy(), compute_uv=False) ** 2
     p = p / p.sum()
     plain = -(p * np.log(p)).sum() if alpha == 1 else np.log((p**alpha).sum()) / (1 - alpha)
-    assert float(entropy.matrix(x, alpha)) == pytest.approx(plain, rel=1e-9)
+    assert float(entropy.matrix_renyi(x, alpha)) == pytest.approx(plain, rel=1e-9)
 
 
 def test_matrix_of_known_spectra():
-    assert float(entropy.matrix(torch.eye(7))) == pytest.approx(math.log(7))
-    assert float(entropy.matrix(torch.ones(9, 5))) == pytest.approx(0, abs=1e-12)
+    assert float(entropy.matrix_renyi(torch.eye(7))) == pytest.approx(math.log(7))
+    assert float(entropy.matrix_renyi(torch.ones(9, 5))) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", entropy.ESTIMATORS)
@@ -212,8 +212,8 @@ def test_identical_tokens_are_defined_or_refused(name):
         (lambda x: entropy.bucket(x, 1), "bins must be at least 2, got 1"),
         (lambda x: entropy.renyi(x, 1.0), "alpha"),
         (lambda x: entropy.renyi(x, -2.0), "alpha"),
-        (lambda x: entropy.matrix(x, 0.0), "alpha"),
-        (lambda x: entropy.matrix(0 * x), "zero"),
+        (lambda x: entropy.matrix_renyi(x, 0.0), "alpha"),
+        (lambda x: entropy.matrix_renyi(0 * x), "zero"),
     ],
 )
 def test_bad_settings_say_which_and_why(call, says):
@@ -227,7 +227,7 @@ def test_half_precision_is_measured_in_full(name):
     assert float(entropy.ESTIMATORS[name](x)) == pytest.approx(float(entropy.ESTIMATORS[name](x.double())), rel=1e-5)
 
 
-SEVERAL = [(entropy.knn, "k", (1, 5, 25)), (entropy.renyi, "alpha", (1.01, 2.0, 4.0)), (entropy.matrix, "alpha", (1.0, 2.0))]
+SEVERAL = [(entropy.knn, "k", (1, 5, 25)), (entropy.renyi, "alpha", (1.01, 2.0, 4.0)), (entropy.matrix_renyi, "alpha", (1.0, 2.0))]
 
 
 def test_shared_work_changes_no_number_and_is_done_once(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from entrodrop_utils import evaluation
 from entrodrop_utils.dropping import dropped
-from entrodrop_utils.sub_blocks import SubBlock, find
+from entrodrop_utils.residual import SubBlock, find
 
 
 def test_loss_is_that_of_transformers(model, windows):
@@ -28,7 +28,7 @@ def test_divergence_is_a_sum_over_the_vocabulary(model, windows):
         with dropped(model, [SubBlock(2, "attention")]) as smaller:
             q = smaller(windows).logits.double().softmax(-1)
     plain = (p * (p / q).log()).sum(-1)[:, :-1].mean(1)
-    sets = evaluation.sweep(model, windows, [[SubBlock(2, "attention")]])
+    sets = evaluation.losses_by_set(model, windows, [[SubBlock(2, "attention")]])
     assert sets.kl.to_numpy() == pytest.approx(plain.numpy(), rel=1e-3, abs=1e-5)
 
 
@@ -39,7 +39,7 @@ def test_divergence_between_two_models(model, windows):
 def test_the_tree_gives_what_single_evaluations_give(model, windows):
     a, m, b = (lambda i: SubBlock(i, "attention")), (lambda i: SubBlock(i, "mlp")), (lambda i: SubBlock(i, "block"))
     sets = [(), (a(0),), (a(3), a(1)), (a(1), a(3), m(3)), (m(5),), (b(0), b(4)), (b(2), a(4), m(0)), tuple(map(a, range(5)))]
-    found = evaluation.sweep(model, windows, [*sets, sets[2], sets[2][::-1]])
+    found = evaluation.losses_by_set(model, windows, [*sets, sets[2], sets[2][::-1]])
     assert len(found) == len(sets) * len(windows)
     for one in sets:
         rows = found[[s == tuple(sorted(one)) for s in found.set]].sort_values("window")
@@ -53,29 +53,30 @@ def test_shared_layers_are_run_once(model, windows):
     find(model, "block")  # a model's first use runs a self-check
     calls = []
     handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    evaluation.sweep(model, windows[:1], [[SubBlock(5, "attention")], [SubBlock(5, "mlp")], [SubBlock(5, "block")]])
+    evaluation.losses_by_set(model, windows[:1], [[SubBlock(5, "attention")], [SubBlock(5, "mlp")], [SubBlock(5, "block")]])
     handle.remove()
-    # the recorded pass, the replay that checks it and its norm, the dense model and its logits, the walk; the logits of three sets
+    # The recorded pass, the layers one by one that check it and their norm, the dense model and its logits, the walk; the logits
+    # of three sets
     assert len(calls) == 6 + 3
 
 
 def test_what_was_evaluated_before_is_not_evaluated_again(model, windows, monkeypatch):
     sets = [(), (SubBlock(1, "mlp"),), (SubBlock(2, "attention"), SubBlock(1, "attention"))]
-    first = evaluation.sweep(model, windows, sets)
-    again = evaluation.sweep(model, windows, [*sets, (SubBlock(3, "block"),)])
+    first = evaluation.losses_by_set(model, windows, sets)
+    again = evaluation.losses_by_set(model, windows, [*sets, (SubBlock(3, "block"),)])
     pd.testing.assert_frame_equal(again[again.set.isin(first.set)].reset_index(drop=True), first, check_exact=True)
-    monkeypatch.setattr(evaluation.Replay, "layer", lambda *_: pytest.fail("evaluated again"))
-    evaluation.sweep(model, windows, sets[::-1])
+    monkeypatch.setattr(evaluation.LayerwiseForward, "layer", lambda *_: pytest.fail("evaluated again"))
+    evaluation.losses_by_set(model, windows, sets[::-1])
     with dropped(model, [SubBlock(4, "mlp")]), pytest.raises(pytest.fail.Exception):
-        evaluation.sweep(model, windows, sets)  # another model
+        evaluation.losses_by_set(model, windows, sets)  # another model
 
 
 def test_the_model_is_left_as_it_was(model, windows):
     before = model(windows).logits
     hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
     with pytest.raises(ValueError, match="does not exist"):
-        evaluation.sweep(model, windows, [[SubBlock(9, "mlp")]])
-    evaluation.sweep(model, windows, [[SubBlock(1, "mlp")]])
+        evaluation.losses_by_set(model, windows, [[SubBlock(9, "mlp")]])
+    evaluation.losses_by_set(model, windows, [[SubBlock(1, "mlp")]])
     assert torch.equal(model(windows).logits, before)
     assert {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()} == hooks
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)

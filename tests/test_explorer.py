@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from entrodrop_utils import dropping, evaluation, explorer_page, explorer_view, models, scoring, text
-from entrodrop_utils.background import Background
+from entrodrop_utils import evaluation, models, saving, scoring, text
 from entrodrop_utils.entropy import bucket
-from entrodrop_utils.explorer import Explorer, pasted_windows
-from entrodrop_utils.explorer_choice import Choice
-from entrodrop_utils.profiles import Profile, Windows
+from entrodrop_utils.explorer import page as page_module
+from entrodrop_utils.explorer import state, view
+from entrodrop_utils.explorer.background import Background
+from entrodrop_utils.explorer.choice import Choice
+from entrodrop_utils.explorer.state import Explorer, pasted_windows
+from entrodrop_utils.profile import Profile
 from entrodrop_utils.progress import HEADLESS, progress
-from entrodrop_utils.residual import states
-from entrodrop_utils.sub_blocks import SubBlock, find
+from entrodrop_utils.residual import SubBlock, find, states
 
 
 class Letters:
@@ -41,9 +42,9 @@ def held_out():
 def explorer(model, windows, held_out, monkeypatch):
     """An explorer of the tiny model."""
     loaded = []
-    monkeypatch.setattr(models, "load", lambda name: loaded.append(name) or (model, Letters()))
+    monkeypatch.setattr(state, "load_model", lambda name: loaded.append(name) or (model, Letters()))
     monkeypatch.setattr(text, "windows", lambda _, part, *rest: windows if part == "calibration" else held_out)
-    explorer = Explorer(Profile.of(size="smoke"))
+    explorer = Explorer(Profile(size="smoke"), 4, 64)
     explorer.loaded = loaded
     explorer.use()
     return explorer
@@ -72,7 +73,7 @@ def test_curve_and_importance_are_those_of_the_states(explorer, model, windows):
     ],
 )
 def test_settings_reach_the_estimator(explorer, model, windows, settings, metric):
-    expected = scoring.entropies(model, windows, {"mine": metric}).groupby("position").value.mean()
+    expected = scoring.entropies(model, windows, {"mine": metric}).groupby("endpoint").value.mean()
     assert changed(explorer, **settings).curve == pytest.approx(expected.to_numpy())
 
 
@@ -85,10 +86,10 @@ def test_a_similarity_comes_with_an_entropy_curve(explorer, model, windows):
 
 
 @pytest.mark.parametrize("settings", [{}, {"first": False}, {"metric": "cosine", "first": False}, {"bins": 7}])
-def test_what_another_explorer_left_in_the_store_serves(explorer, settings, monkeypatch):
+def test_what_another_explorer_left_in_the_cache_serves(explorer, settings, monkeypatch):
     first = changed(explorer, **settings)
-    monkeypatch.setattr(scoring, "_pass", lambda *_: pytest.fail("scored again"))
-    again = Explorer(Profile.of(size="smoke")).use(explorer.settings)
+    monkeypatch.setattr(scoring, "measure", lambda *_: pytest.fail("scored again"))
+    again = Explorer(Profile(size="smoke"), 4, 64).use(explorer.settings)
     assert list(again.curve) == list(first.curve)
     assert (again.importance, again.order) == (first.importance, first.order)
 
@@ -96,8 +97,8 @@ def test_what_another_explorer_left_in_the_store_serves(explorer, settings, monk
 def test_nothing_is_computed_twice(explorer, monkeypatch):
     drop = explorer.ranking.order[:2]
     first = explorer.size(drop), explorer.cost(drop), explorer.sample(drop)
-    monkeypatch.setattr(scoring, "score", lambda *_: pytest.fail("scored again"))
-    monkeypatch.setattr(evaluation.Replay, "layer", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(state, "cached_score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(evaluation.LayerwiseForward, "layer", lambda *_: pytest.fail("evaluated again"))
     monkeypatch.setattr(type(explorer.model), "generate", lambda *_, **__: pytest.fail("generated again"))
     changed(explorer, kind="block")
     assert (explorer.size(drop[::-1]), explorer.cost(drop[::-1]), explorer.sample(drop)) == first == explorer.known(drop)
@@ -107,7 +108,7 @@ def test_nothing_is_computed_twice(explorer, monkeypatch):
 def test_costs_are_those_of_a_sweep(explorer, model, held_out):
     sets = [find(model, "attention")[2:4], find(model, "mlp")[1:3], find(model, "block")[4:], find(model, "attention")[2:5], []]
     for one in sets:
-        (loss, kl), swept = explorer.cost(one), evaluation.sweep(model, held_out, [one])
+        (loss, kl), swept = explorer.cost(one), evaluation.losses_by_set(model, held_out, [one])
         assert loss.per_window == pytest.approx(swept.nll.to_numpy(), rel=1e-5)
         assert kl.per_window == pytest.approx(swept.kl.to_numpy(), rel=1e-4, abs=1e-6)
 
@@ -124,7 +125,7 @@ def test_shared_layers_are_not_run_again(explorer):
 
 
 def test_states_kept_are_bounded(explorer, monkeypatch):
-    monkeypatch.setattr(evaluation, "KEPT", 3 * 4 * 32 * 32 * 4)
+    monkeypatch.setattr(evaluation, "MAX_BYTES", 3 * 4 * 32 * 32 * 4)
     explorer.cost([SubBlock(1, "mlp")])
     assert len(explorer._cost.states) == 3
 
@@ -141,18 +142,19 @@ def test_size_is_counted(explorer, model):
 
 def test_what_is_saved_is_what_was_measured(explorer, tmp_path, held_out):
     drop = explorer.ranking.order[:2]
-    saved = dropping.load(explorer.save(drop, str(tmp_path / "mine")))
+    saved = saving.load_pruned(explorer.save(drop, str(tmp_path / "mine")))
     assert evaluation.perplexity(saved, held_out).mean == pytest.approx(explorer.cost(drop).loss.mean, rel=1e-5)
     assert len(find(explorer.model, "attention")) == 6
     with pytest.raises(FileExistsError, match="is not empty"):
         explorer.save(drop, str(tmp_path / "mine"))
 
 
-def test_exported_code_runs(explorer, capsys):
+def test_exported_code_runs(explorer, monkeypatch, capsys):
+    monkeypatch.setattr(models, "load_model", state.load_model)
     drop = explorer.ranking.order[:2]
     found = {}
     exec(explorer.code(drop), found)
-    assert found["drop"] == drop
+    assert found["drop_set"] == drop
     assert capsys.readouterr().out == f"{explorer.size(drop).parameters:,} parameters\n"
 
 
@@ -174,9 +176,9 @@ def test_a_bad_setting_says_so_and_leaves_what_was(explorer, settings, says):
 def test_pasted_text_is_what_is_scored(explorer, model):
     said = "It was the best of times, it was the worst of times, " * 3
     ids = torch.tensor(Letters()(said).input_ids)
-    windows = pasted_windows(said, Letters(), Windows(4, 64))
+    windows = pasted_windows(said, Letters(), 4, 64)
     assert windows.tolist() == ids[: 2 * 64].view(2, 64).tolist()
-    expected = scoring.entropies(model, windows, ["bucket"]).groupby("position").value.mean()
+    expected = scoring.entropies(model, windows, ["bucket"]).groupby("endpoint").value.mean()
     assert changed(explorer, pasted=said).curve == pytest.approx(pasted_curve := expected.to_numpy())
     assert changed(explorer, pasted="").curve != pytest.approx(pasted_curve)
 
@@ -199,18 +201,18 @@ def test_choices():
 
 def test_views_name_every_number(explorer):
     drop = explorer.ranking.order[:1]
-    rows = explorer_view.rows(explorer, drop, explorer_view.COMPUTING)
-    assert [pruned for *_, pruned in rows] == [explorer_view.COMPUTING] * 5
+    rows = view.rows(explorer, drop, view.COMPUTING)
+    assert [pruned for *_, pruned in rows] == [view.COMPUTING] * 5
     for step in (explorer.size, explorer.cost, explorer.sample):
         step(())
         step(drop)
-    rows = {what: (dense, pruned) for what, dense, pruned in explorer_view.rows(explorer, drop)}
+    rows = {what: (dense, pruned) for what, dense, pruned in view.rows(explorer, drop)}
     assert rows["parameters"][0] == "0.1 M"
     assert rows["KV cache at 1,024 tokens"][1].endswith("(-17%)")
     assert rows["perplexity"][1].startswith(f"{explorer.cost(drop).loss.perplexity:.1f} (")
-    assert explorer_view.table(explorer, drop).count("<tr>") == 6
-    assert explorer_view.markdown(explorer, drop).count("\n") == 6
-    figure = explorer_view.picture(explorer, drop, {n: explorer.ranking.order[:n] for n in range(4)})
+    assert view.table(explorer, drop).count("<tr>") == 6
+    assert view.markdown(explorer, drop).count("\n") == 6
+    figure = view.picture(explorer, drop, {n: explorer.ranking.order[:n] for n in range(4)})
     hatched = [bar for bar in figure.axes[1].patches if bar.get_hatch()]
     assert [round(bar.get_x() + bar.get_width() / 2) for bar in hatched] == [drop[0].layer]
     assert list(figure.axes[2].lines[0].get_xdata()) == [0, 1]  # what was measured, and no more
@@ -267,7 +269,7 @@ def test_cancelling_leaves_the_model_whole(explorer):
 
 @pytest.fixture
 def page(explorer):
-    shown = explorer_page.Page(explorer)
+    shown = page_module.Page(explorer)
     assert shown.background.wait(60)
     yield shown
     shown.close()
@@ -306,8 +308,8 @@ def test_the_page_saves_and_exports(page, tmp_path):
     page.path.value = str(tmp_path / "saved")
     page.save.click()
     assert page.background.wait(60)
-    assert "dropping.load(" in page.saved.value
-    assert len(find(dropping.load(tmp_path / "saved"), "attention")) == 6 - len(page.choice.dropped)
+    assert "load_pruned(" in page.saved.value
+    assert len(find(saving.load_pruned(tmp_path / "saved"), "attention")) == 6 - len(page.choice.dropped)
     page.save.click()
     assert page.background.wait(60)
     assert "role='alert'" in page.saved.value
@@ -318,5 +320,5 @@ def test_the_page_saves_and_exports(page, tmp_path):
 
 def test_no_widget_where_nobody_looks(explorer, monkeypatch):
     monkeypatch.setenv(HEADLESS, "somewhere")
-    monkeypatch.setattr(explorer_page, "display", lambda *_: pytest.fail("a widget was shown"))
-    explorer_page.show(explorer)
+    monkeypatch.setattr(page_module, "display", lambda *_: pytest.fail("a widget was shown"))
+    page_module.show_explorer(explorer)

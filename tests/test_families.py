@@ -10,10 +10,23 @@ import pytest
 import torch
 import transformers
 from families import BY_NAME, DEPTH, FAMILIES, LENGTH, Family, ids, tiny
-from reference import cache_bytes, close, output, owned, removable, sets, shortened, stranger, tensor_bytes, without_contribution
+from reference import (
+    cache_bytes,
+    close,
+    layout_name,
+    output,
+    owned,
+    removable,
+    sets,
+    shortened,
+    stranger,
+    tensor_bytes,
+    without_contribution,
+)
 
-from entrodrop_utils import dropping, evaluation, residual
-from entrodrop_utils.sub_blocks import KINDS, SubBlock, find, layers, layout_name
+from entrodrop_utils import dropping, evaluation, residual, saving
+from entrodrop_utils.families.decoder import decoder_layers
+from entrodrop_utils.residual import KINDS, SubBlock, find
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results" / "families.csv"
 CHECKS: dict[str, object] = {}
@@ -67,11 +80,11 @@ def test_states_are_those_of_the_models_own_record_and_of_a_model_without_the_ml
         bare = without_contribution(family, tiny(family.name), [SubBlock(layer, "mlp")])
         nexts: list[torch.Tensor] = []
         hook = lambda _, args, out, keep=nexts: keep.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
-        layers(bare)[layer].register_forward_hook(hook)
+        decoder_layers(bare)[layer].register_forward_hook(hook)
         output(bare, tokens)
         between = states[2 * layer + 1]
         if family.after:
-            between = layers(bare)[layer].get_submodule(family.after[1])(between)
+            between = decoder_layers(bare)[layer].get_submodule(family.after[1])(between)
         assert close(nexts[0], between)
         assert not close(states[2 * layer + 1], states[2 * layer])  # a branch that adds nothing would prove nothing
         assert not close(states[2 * layer + 2], states[2 * layer + 1])
@@ -141,14 +154,14 @@ def test_cached_generation_is_what_whole_passes_give(family):
 def test_a_saved_model_comes_back_bit_for_bit(family, tmp_path):
     tokens = ids()
     for i, chosen in enumerate(removable(family)):
-        model = dropping.remove(tiny(family.name), chosen)
-        folder = dropping.save(model, tmp_path / str(i))
-        back = dropping.load(folder)
+        model = saving.remove(tiny(family.name), chosen)
+        folder = saving.save_pruned(model, tmp_path / str(i))
+        back = saving.load_pruned(folder)
         assert torch.equal(output(back, tokens), output(model, tokens)), chosen
         mine, theirs = model.state_dict(), back.state_dict()
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[k], theirs[k]) for k in mine)
-        again = dropping.load(dropping.save(back, tmp_path / f"{i}-again"))
+        again = saving.load_pruned(saving.save_pruned(back, tmp_path / f"{i}-again"))
         assert torch.equal(output(again, tokens), output(model, tokens))
         assert [find(again, kind) for kind in KINDS] == [find(model, kind) for kind in KINDS]
         assert {file.suffix for file in folder.iterdir()} <= {".safetensors", ".json", ".md", ".py"}
@@ -172,8 +185,8 @@ def test_a_process_without_the_suite_loads_it(family, tmp_path, other_process):
     auto = f"AutoModelFor{task}" if task in ("CausalLM", "MaskedLM") else "AutoModelForCausalLM"  # GPT2LMHeadModel
     auto = "AutoModelForTextEncoding" if family.model == "T5EncoderModel" else auto
     chosen = [SubBlock(1, "attention"), SubBlock(2, "mlp"), SubBlock(3, "block")]
-    model = dropping.remove(tiny(family.name), chosen)
-    assert torch.equal(other_process(dropping.save(model, tmp_path / "saved"), auto), output(model, ids()))
+    model = saving.remove(tiny(family.name), chosen)
+    assert torch.equal(other_process(saving.save_pruned(model, tmp_path / "saved"), auto), output(model, ids()))
 
 
 @check("layer lists aligned")
@@ -188,7 +201,7 @@ def test_lists_of_one_value_a_layer_follow_the_layers(family, tmp_path):
         return "not defined"
     kept = [1, 2] if family.kept_first is False else [0, 3]
     chosen = [SubBlock(i, "block") for i in range(DEPTH) if i not in kept] + [SubBlock(kept[1], "attention")]
-    model = dropping.load(dropping.save(dropping.remove(tiny(family.name), chosen), tmp_path / "saved"))
+    model = saving.load_pruned(saving.save_pruned(saving.remove(tiny(family.name), chosen), tmp_path / "saved"))
     for key in lists:
         before, after = (getattr(one.config.get_text_config(), key) for one in (whole, model))
         if key == "mlp_only_layers":
@@ -196,7 +209,7 @@ def test_lists_of_one_value_a_layer_follow_the_layers(family, tmp_path):
         else:
             assert list(after) == [before[i] for i in kept]
     for new, old in enumerate(kept):
-        there, here = layers(whole)[old], layers(model)[new]
+        there, here = decoder_layers(whole)[old], decoder_layers(model)[new]
         assert type(there.mlp) is type(here.mlp)
         for setting in ("sliding_window", "attention_type", "is_sliding", "use_rope", "scaling"):
             for path, part in here.named_modules():
@@ -208,14 +221,14 @@ def test_lists_of_one_value_a_layer_follow_the_layers(family, tmp_path):
 @check("file and KV cache shrink by what was dropped")
 def test_what_was_dropped_is_gone_from_file_and_cache(family, tmp_path):
     whole = tiny(family.name)
-    dropping.save(whole, tmp_path / "whole")
+    saving.save_pruned(whole, tmp_path / "whole")
     before = cache_bytes(whole, ids()) if family.generates else None
     for i, chosen in enumerate(removable(family)):
-        model = dropping.remove(tiny(family.name), chosen)
-        dropping.save(model, tmp_path / str(i))
+        model = saving.remove(tiny(family.name), chosen)
+        saving.save_pruned(model, tmp_path / str(i))
         lost = 0
         for layer, kind in chosen:
-            for path, value in layers(whole)[layer].named_parameters():
+            for path, value in decoder_layers(whole)[layer].named_parameters():
                 lost += value.nbytes * (kind == "block" or path in owned(family.name, layer, kind))
         assert lost > 0
         assert tensor_bytes(tmp_path / "whole") - tensor_bytes(tmp_path / str(i)) == lost
@@ -231,7 +244,7 @@ def test_sets_evaluated_layer_by_layer_are_those_of_whole_passes(family):
         return "not defined"
     model, windows = tiny(family.name), ids(3)
     chosen = [[], *sets(family)[::3]]
-    swept = evaluation.sweep(model, windows, chosen).groupby("set", sort=False).nll.mean()
+    swept = evaluation.losses_by_set(model, windows, chosen).groupby("set", sort=False).nll.mean()
     for one in chosen:
         with dropping.dropped(model, one):
             whole = evaluation.perplexity(model, windows).mean
@@ -244,7 +257,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
     chosen = sets(family)[-1] if not family.fixed else [SubBlock(1, "attention"), SubBlock(2, "mlp")]
     grads = []
     for checkpointing in (False, True):
-        model = dropping.remove(tiny(family.name), [s for s in chosen if s.kind != "block"]).train()
+        model = saving.remove(tiny(family.name), [s for s in chosen if s.kind != "block"]).train()
         for part in model.modules():
             if isinstance(part, torch.nn.Dropout):
                 part.p = 0.0

@@ -10,7 +10,8 @@ import tiny_gguf
 import torch
 from transformers import AutoTokenizer
 
-from entrodrop_utils import downloads, models, sources
+from entrodrop_utils import models
+from entrodrop_utils.models import downloads, sources
 
 TEXTS = [
     'The river, at 3.5 km,  is 12 345 m long.\n\n\tIt\'s (almost) "dry" in summer…',
@@ -34,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_a_gguf_file_gives_exactly_its_dequantised_weights(family, folder, tmp_path):
     expected = tiny_gguf.write(tmp_path / "tiny.gguf", family)
-    model, _ = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    model, _ = models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     found = {name: value.numpy() for name, value in model.state_dict().items() if name != "lm_head.weight"}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -51,21 +52,21 @@ def test_a_gguf_file_gives_exactly_its_dequantised_weights(family, folder, tmp_p
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_dequantised_model_is_plain_can_be_cast_moved_and_saved(dtype, folder, tmp_path):
     tiny_gguf.write(tmp_path / "tiny.gguf")
-    model, tokenizer = models.load(str(tmp_path / "tiny.gguf"), dtype, "cpu")
+    model, tokenizer = models.load_model(str(tmp_path / "tiny.gguf"), dtype, "cpu")
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)} and not getattr(model, "is_quantized", False)
     assert not hasattr(model.config, "quantization_config")
     ids = tokenizer("hello there", return_tensors="pt").input_ids
     before = model(ids).logits
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
-    again, other = models.load(str(tmp_path / "again"), dtype, "cpu")
+    again, other = models.load_model(str(tmp_path / "again"), dtype, "cpu")
     assert torch.equal(again(ids).logits, before) and other("hello there").input_ids == ids[0].tolist()
     assert model.float().half().double().to("cpu").dtype == torch.float64
 
 
 def test_a_tokenizer_from_gguf_gives_the_text_back(folder, tmp_path):
     tiny_gguf.write(tmp_path / "tiny.gguf")
-    _, tokenizer = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    _, tokenizer = models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     for text in TEXTS:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.tokenize(f"hello{tiny_gguf.END}") == ["hello", tiny_gguf.END]
@@ -77,7 +78,7 @@ def test_a_tokenizer_from_gguf_gives_the_text_back(folder, tmp_path):
 )
 def test_text_is_split_before_digits_as_the_file_says(split, tokens, folder, tmp_path):
     tiny_gguf.write(tmp_path / "tiny.gguf", split=split)
-    _, tokenizer = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    _, tokenizer = models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert tokenizer.tokenize("a  12") == tokens
     again = AutoTokenizer.from_pretrained(sources.folder(str(tmp_path / "tiny.gguf")))
     assert again.tokenize("a  12") == tokens
@@ -86,7 +87,7 @@ def test_text_is_split_before_digits_as_the_file_says(split, tokens, folder, tmp
 def test_the_rope_scaling_of_llama_3_is_kept(folder, tmp_path):
     """transformers drops it, and at short contexts nobody would notice."""
     tiny_gguf.write(tmp_path / "tiny.gguf", rope_factor=8.0)
-    model, _ = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    model, _ = models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert model.config.rope_parameters["rope_type"] == "llama3" and model.config.rope_parameters["factor"] == 8
     unscaled = 10_000.0 ** -(np.arange(0, 16, 2) / 16)
     divisors = unscaled / model.model.rotary_emb.inv_freq.numpy()
@@ -98,14 +99,14 @@ def test_another_rope_scaling_is_refused_and_not_ignored(folder, tmp_path, monke
     monkeypatch.setattr(tiny_gguf, "rope_divisors", lambda factor, width: np.linspace(1, factor, width // 2, dtype=np.float32))
     tiny_gguf.write(tmp_path / "tiny.gguf", rope_factor=8.0)
     with pytest.raises(models.ModelUnavailable, match="its rope scaling is not that of Llama 3"):
-        models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+        models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
 
 
 def test_a_changed_file_is_converted_again(folder, tmp_path):
     tiny_gguf.write(tmp_path / "tiny.gguf", seed=0)
-    first, _ = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    first, _ = models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     expected = tiny_gguf.write(tmp_path / "tiny.gguf", seed=1)
-    second, _ = models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+    second, _ = models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
     assert not torch.equal(first.model.norm.weight, second.model.norm.weight)
     np.testing.assert_array_equal(second.model.norm.weight.detach().numpy(), expected["model.norm.weight"])
 
@@ -116,7 +117,7 @@ def test_a_cut_file_is_refused(kept, folder, tmp_path):
     tiny_gguf.write(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(models.ModelUnavailable, match="cannot be read as GGUF.*get a whole copy"):
-        models.load(str(path), device="cpu")
+        models.load_model(str(path), device="cpu")
     assert not [file for file in folder.iterdir() if file.suffix != ".lock"]
 
 
@@ -127,7 +128,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(folder, tmp_path, monkeypatch):
     )
     tiny_gguf.write(tmp_path / "tiny.gguf")
     with pytest.raises(models.ModelUnavailable, match="1 of its weights are missing"):
-        models.load(str(tmp_path / "tiny.gguf"), device="cpu")
+        models.load_model(str(tmp_path / "tiny.gguf"), device="cpu")
 
 
 REAL = ["smollm2-135m-instruct", "gemma-3-270m"]
@@ -146,7 +147,7 @@ def original(name: str, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_every_tensor_of_a_registered_file_is_its_dequantisation(name, tmp_path):
-    model, _ = models.load(name, device="cpu")
+    model, _ = models.load_model(name, device="cpu")
     state = model.state_dict()
     reader = gguf.GGUFReader(original(name, tmp_path))
     family = reader.fields["general.architecture"].contents()
@@ -176,7 +177,7 @@ def test_tokenizers_of_registered_files_give_the_text_back(name):
 @pytest.mark.parametrize("name", REAL)
 def test_registered_decoders_know_english(name):
     """A layer put together wrongly costs nats per token; guessing would cost ln of the vocabulary, more than 10."""
-    model, tokenizer = models.load(name, device="cpu")
+    model, tokenizer = models.load_model(name, device="cpu")
     text = "Paris is the capital of France. It lies on the river Seine, and about two million people live there."
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.inference_mode():

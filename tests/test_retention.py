@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from entrodrop_utils.retention import Retention, above_chance, accuracies
-from entrodrop_utils.sub_blocks import SubBlock
+from entrodrop_utils.residual import SubBlock
+from entrodrop_utils.tasks.retention import Retention, above_chance, accuracies
 
 DROPPED = (SubBlock(1, "attention"), SubBlock(2, "attention"))
 RIGHT = {  # task -> accuracy of the dense and of the pruned model, chance

@@ -8,22 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, ids, tiny
-from reference import output, stranger_command
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, dynamic_module_utils, pipeline
+from reference import output, stranger_command, word_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, dynamic_module_utils, pipeline
 
-from entrodrop_utils import dropping, sub_blocks
-from entrodrop_utils import models as suite_models
-from entrodrop_utils.dropping import RECORD
-from entrodrop_utils.sub_blocks import KINDS, SubBlock
+from entrodrop_utils import load_model, saving
+from entrodrop_utils.families.modeling_entrodrop import RECORD
+from entrodrop_utils.residual import KINDS, SubBlock, find
 
 ATTENTION, MLP, BLOCK = ((lambda layer, kind=kind: SubBlock(layer, kind)) for kind in KINDS)
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w2"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2", pad_token="w0", bos_token="w1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,8 +29,8 @@ def modules(tmp_path_factory):
 @pytest.fixture
 def pruned(tmp_path):
     """A folder with a model that lacks an attention layer, an MLP and a block."""
-    model = dropping.remove(tiny("Llama"), [ATTENTION(1), MLP(2), BLOCK(0)])
-    return model, dropping.save(model, tmp_path / "pruned", word_tokenizer())
+    model = saving.remove(tiny("Llama"), [ATTENTION(1), MLP(2), BLOCK(0)])
+    return model, saving.save_pruned(model, tmp_path / "pruned", word_tokenizer())
 
 
 def edited(folder: Path, change) -> Path:
@@ -61,7 +53,7 @@ def test_save_pretrained_is_as_safe_as_save(pruned, tmp_path):
     model, _ = pruned
     model.save_pretrained(tmp_path / "by hand")
     assert json.loads((tmp_path / "by hand" / "config.json").read_text())["model_type"] == "entrodrop-llama"
-    assert torch.equal(output(dropping.load(tmp_path / "by hand"), ids()), output(model, ids()))
+    assert torch.equal(output(saving.load_pruned(tmp_path / "by hand"), ids()), output(model, ids()))
     assert torch.equal(output(copy.deepcopy(model), ids()), output(model, ids()))
     with pytest.raises(ValueError, match=r"model\.push_to_hub"):
         model.save_pretrained(tmp_path / "up", push_to_hub=True)
@@ -70,8 +62,8 @@ def test_save_pretrained_is_as_safe_as_save(pruned, tmp_path):
 BROKEN = {
     "a dropped branch that is there": lambda s: s[RECORD]["dropped"].pop(0),
     "a branch that is said to be dropped": lambda s: s[RECORD]["dropped"].append([3, "mlp"]),
-    "no stand-in where weights are gone": lambda s: s[RECORD]["stand_ins"].pop("model.layers.0.self_attn"),
-    "a stand-in where weights are": lambda s: s[RECORD]["stand_ins"].update({"model.layers.2.mlp": "zero"}),
+    "no bypass where weights are gone": lambda s: s[RECORD]["bypasses"].pop("model.layers.0.self_attn"),
+    "a bypass where weights are": lambda s: s[RECORD]["bypasses"].update({"model.layers.2.mlp": "zero"}),
     "another number of layers": lambda s: s[RECORD].update(kept=[1, 2]),
     "a deeper model": lambda s: s.update(num_hidden_layers=4),
     "a wider model": lambda s: s.update(intermediate_size=64),
@@ -84,44 +76,82 @@ def test_a_record_that_does_not_match_the_weights_is_refused(pruned, case):
     _, folder = pruned
     edited(folder, BROKEN[case])
     with pytest.raises(ValueError, match="does not match"):
-        dropping.load(folder)
+        saving.load_pruned(folder)
 
 
 def test_a_block_record_that_does_not_match_is_refused(tmp_path):
-    folder = dropping.save(dropping.remove(tiny("Llama"), [BLOCK(0)]), tmp_path / "blocks")
+    folder = saving.save_pruned(saving.remove(tiny("Llama"), [BLOCK(0)]), tmp_path / "blocks")
     edited(folder, lambda s: s[RECORD].update(kept=[0, 1, 2, 3]))
     with pytest.raises(ValueError, match="does not match the layers"):
-        dropping.load(folder)
+        saving.load_pruned(folder)
 
 
 def test_another_version_of_the_record_is_refused(pruned):
     _, folder = pruned
     edited(folder, lambda s: s[RECORD].update(version=99))
-    with pytest.raises(ValueError, match="written in format 99; this code reads format 1"):
-        dropping.load(folder)
+    with pytest.raises(ValueError, match="written in format 99; this code reads formats 1 to 2"):
+        saving.load_pruned(folder)
     with pytest.raises(ValueError, match="written in format 99"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def as_version_1(settings: dict) -> None:
+    record = settings[RECORD]
+    record["version"], record["stand_ins"], record["model_type"] = 1, record.pop("bypasses"), record.pop("family")
+
+
+def test_a_folder_in_version_1_of_the_record_still_loads(pruned, tmp_path):
+    model, folder = pruned
+    edited(folder, as_version_1)
+    record = json.loads((folder / "config.json").read_text())[RECORD]
+    assert record.keys() == {"version", "layers", "kept", "dropped", "stand_ins", "model_type"}
+    back = saving.load_pruned(folder)
+    assert torch.equal(output(back, ids()), output(model, ids()))
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(output(remote, ids()), output(model, ids()))
+    again = saving.save_pruned(back, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())[RECORD].keys() == record.keys() - {"stand_ins", "model_type"} | {
+        "bypasses",
+        "family",
+    }
+    assert torch.equal(output(saving.load_pruned(again), ids()), output(model, ids()))
+
+
+def test_without_gaps_a_record_in_version_1_loads_too(tmp_path):
+    model = saving.remove(tiny("Llama"), [BLOCK(1)])
+    folder = saving.save_pruned(model, tmp_path / "blocks")
+    edited(folder, lambda s: s[RECORD].update(version=1, stand_ins=s[RECORD].pop("bypasses")))
+    assert torch.equal(output(saving.load_pruned(folder), ids()), output(model, ids()))
+
+
+def test_the_familys_own_config_class_reads_the_sizes(pruned):
+    """A nested ``model_type``, as version 1 had it, would be taken for a config of its own."""
+    model, folder = pruned
+    config = LlamaConfig.from_pretrained(folder)
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(config, name) == getattr(model.config, name), name
+    assert (config.num_hidden_layers, config.vocab_size) == (3, VOCAB)
 
 
 def test_folders_that_cannot_be_written_or_read(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="exists and is not empty"):
-        dropping.save(tiny("Llama"), tmp_path / "full")
+        saving.save_pruned(tiny("Llama"), tmp_path / "full")
     assert [p.name for p in tmp_path.rglob("*")] == ["full", "notes.txt"]
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
-        dropping.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        saving.load_pruned(tmp_path / "nowhere")
     model = tiny("Llama")
     model.save_pretrained = lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
     with pytest.raises(OSError, match="disk full"):
-        dropping.save(model, tmp_path / "half")
+        saving.save_pruned(model, tmp_path / "half")
     assert not (tmp_path / "half").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 
 def test_a_whole_model_is_saved_and_loaded_too(tmp_path):
     model = tiny("Llama")
-    back = dropping.load(dropping.save(model, tmp_path / "whole"))
+    back = saving.load_pruned(saving.save_pruned(model, tmp_path / "whole"))
     assert torch.equal(output(back, ids()), output(model, ids()))
     assert not hasattr(back.config, RECORD)
     assert "Nothing was dropped" in (tmp_path / "whole" / "README.md").read_text()
@@ -130,26 +160,26 @@ def test_a_whole_model_is_saved_and_loaded_too(tmp_path):
 def test_the_suite_drops_more_from_a_model_that_transformers_loaded(pruned):
     model, folder = pruned
     other = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert [sub_blocks.find(other, kind) for kind in KINDS] == [sub_blocks.find(model, kind) for kind in KINDS]
-    assert torch.equal(output(dropping.remove(other, [MLP(2)]), ids()), output(dropping.remove(model, [MLP(2)]), ids()))
-    again = dropping.load(dropping.save(other, folder.parent / "more"))
+    assert [find(other, kind) for kind in KINDS] == [find(model, kind) for kind in KINDS]
+    assert torch.equal(output(saving.remove(other, [MLP(2)]), ids()), output(saving.remove(model, [MLP(2)]), ids()))
+    again = saving.load_pruned(saving.save_pruned(other, folder.parent / "more"))
     assert torch.equal(output(again, ids()), output(model, ids()))
 
 
-def test_models_load_takes_a_folder_of_whole_blocks_dropped(tmp_path):
-    model = dropping.remove(tiny("Llama"), [BLOCK(1)])
-    folder = dropping.save(model, tmp_path / "blocks", word_tokenizer())
-    back, tokenizer = suite_models.load(str(folder), device="cpu")
+def test_load_model_takes_a_folder_of_whole_blocks_dropped(tmp_path):
+    model = saving.remove(tiny("Llama"), [BLOCK(1)])
+    folder = saving.save_pruned(model, tmp_path / "blocks", word_tokenizer())
+    back, tokenizer = load_model(str(folder), device="cpu")
     assert torch.equal(output(back, ids()), output(model, ids()))
     assert tokenizer("w5 w6").input_ids == [5, 6]
 
 
 def test_the_model_card(tmp_path):
-    model = dropping.remove(tiny("Llama"), [ATTENTION(2), ATTENTION(1), MLP(0)])
+    model = saving.remove(tiny("Llama"), [ATTENTION(2), ATTENTION(1), MLP(0)])
     model.config._name_or_path = str(tmp_path)  # loaded from a folder: its path stays at home
     card = {"metric": "cosine", "calibration": "24 windows of docs", "digest": "0123456789ab"}
     card |= {"perplexity_before": 12.344, "perplexity_after": 23.456, "evaluation": "WikiText-2"}
-    text = (dropping.save(model, tmp_path / "saved", word_tokenizer(), card=card) / "README.md").read_text()
+    text = (saving.save_pruned(model, tmp_path / "saved", word_tokenizer(), card=card) / "README.md").read_text()
     for wanted in (
         "| attention layers | 2 | 1, 2 |",
         "| MLPs | 1 | 0 |",
@@ -162,14 +192,14 @@ def test_the_model_card(tmp_path):
     assert str(tmp_path) not in text
     assert "whole blocks" not in text
     model.config._name_or_path = "organisation/model"
-    assert "base_model: organisation/model" in (dropping.save(model, tmp_path / "hub") / "README.md").read_text()
-    blocks = dropping.remove(tiny("Llama"), [BLOCK(2)])
-    text = (dropping.save(blocks, tmp_path / "blocks") / "README.md").read_text()
+    assert "base_model: organisation/model" in (saving.save_pruned(model, tmp_path / "hub") / "README.md").read_text()
+    blocks = saving.remove(tiny("Llama"), [BLOCK(2)])
+    text = (saving.save_pruned(blocks, tmp_path / "blocks") / "README.md").read_text()
     assert "trust_remote_code" not in text
     assert "AutoTokenizer" not in text
     assert "| whole blocks | 1 | 2 |" in text
     with pytest.raises(TypeError, match="flavour"):
-        dropping.save(blocks, tmp_path / "odd", card={"flavour": "good"})
+        saving.save_pruned(blocks, tmp_path / "odd", card={"flavour": "good"})
     assert not (tmp_path / "odd").exists()
 
 
@@ -202,22 +232,22 @@ def test_a_process_without_the_suite_loads_generates_and_saves(pruned, tmp_path)
     tokens = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(theirs, output(model, tokens))
     assert torch.equal(made, model.generate(tokens, max_new_tokens=12, do_sample=False))
-    assert torch.equal(output(dropping.load(f"{folder}-again"), ids()), output(model, ids()))
+    assert torch.equal(output(saving.load_pruned(f"{folder}-again"), ids()), output(model, ids()))
 
 
 def test_a_model_in_half_precision_keeps_it(tmp_path):
-    dropping.save(tiny("Llama"), tmp_path / "whole")
-    model = dropping.remove(dropping.load(tmp_path / "whole", dtype=torch.bfloat16), [ATTENTION(1)])
-    back = dropping.load(dropping.save(model, tmp_path / "half"))
+    saving.save_pruned(tiny("Llama"), tmp_path / "whole")
+    model = saving.remove(saving.load_pruned(tmp_path / "whole", dtype=torch.bfloat16), [ATTENTION(1)])
+    back = saving.load_pruned(saving.save_pruned(model, tmp_path / "half"))
     assert back.dtype == torch.bfloat16
     assert torch.equal(output(back, ids()), output(model, ids()))
-    assert dropping.load(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
+    assert saving.load_pruned(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
 
 
 def test_pipelines_take_it(pruned):
     model, folder = pruned
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    for loaded in (model, dropping.load(folder)):
+    for loaded in (model, saving.load_pruned(folder)):
         speak = pipeline("text-generation", model=loaded, tokenizer=tokenizer, device="cpu")
         said = speak("w5 w6", max_new_tokens=5, do_sample=False)
         assert said[0]["generated_text"].startswith("w5 w6w")

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from entrodrop_utils import selection
-from entrodrop_utils.sub_blocks import SubBlock
+from entrodrop_utils.residual import SubBlock
 
 
 def table(kind: str, values, metric: str = "m", noise: float = 0.0) -> pd.DataFrame:
@@ -22,7 +22,7 @@ def test_one_shot_drops_the_smallest_first():
     assert layers == [3, 1, 5, 4, 2, 0, 7, 6]
 
 
-def test_the_official_protection_keeps_layers_0_1_and_last():
+def test_the_published_protection_keeps_layers_0_1_and_last():
     assert selection.one_shot(SCORES, "m", "attention", 3) == [
         SubBlock(3, "attention"),
         SubBlock(5, "attention"),
@@ -45,6 +45,33 @@ def test_two_stage_keeps_the_whole_falling_stage():
 
 def test_ties_go_by_depth():
     assert [s.layer for s in selection.one_shot(table("mlp", [1, 1, 1, 1]), "m", "mlp", protected=())] == [0, 1, 2, 3]
+
+
+def test_a_random_order_follows_from_the_seed_alone():
+    candidates = [SubBlock(layer, kind) for layer in range(6) for kind in ("attention", "mlp")]
+    order = selection.random_order(candidates, 3)
+    assert sorted(order) == sorted(candidates) and order != sorted(candidates)
+    assert selection.random_order(candidates[::-1], 3) == order
+    assert selection.random_order(candidates, [3, 1]) != order != selection.random_order(candidates, 4)
+    first = {selection.random_order(candidates, seed)[0] for seed in range(200)}
+    assert first == set(candidates), "each of twelve comes first for some of 200 seeds"
+
+
+def test_the_deepest_first():
+    candidates = [SubBlock(layer, "block") for layer in (2, 5, 0)]
+    assert [s.layer for s in selection.deepest_first(candidates)] == [5, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "total", "n"), [(0.25, 32, 8), (0.375, 32, 12), (0.01, 32, 1), (0.9, 32, 29), (1.0, 30, 27), (0.5, 3, 1)]
+)
+def test_a_fraction_as_a_number(fraction, total, n):
+    assert selection.count_of(fraction, total) == n
+
+
+def test_protected_layers_count_from_both_ends():
+    assert selection.protected_layers((0, 1, -1), 6) == {0, 1, 5}
+    assert selection.protected_layers((), 6) == set()
 
 
 @pytest.mark.parametrize(

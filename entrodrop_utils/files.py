@@ -1,0 +1,60 @@
+"""Files written in one step, and folders or files that are built once, whatever is interrupted and however many processes ask."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it replaces ``path`` when the context closes, and is removed after an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file in one step."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(content, encoding="utf-8")
+
+
+def build_once(path: Path, build: Callable[[Path], None], is_complete: Callable[[], bool] | None = None) -> Path:
+    """``path``, made by ``build(unfinished)`` unless it is there and complete.
+
+    ``build`` fills a new folder or writes a file beside ``path``, which is moved into place when it is finished. A lock keeps other
+    processes waiting meanwhile.
+
+    Args:
+        is_complete: whether an existing ``path`` can be used; by default whether it exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if (is_complete or path.exists)():
+            return path
+        remove_path(unfinished)
+        try:
+            build(unfinished)
+            remove_path(path)
+            os.replace(unfinished, path)
+        finally:
+            remove_path(unfinished)
+    return path
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file or a folder with all that it holds, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

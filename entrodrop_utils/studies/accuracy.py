@@ -1,0 +1,317 @@
+"""Accuracy of pruned models on tasks: which sets are compared, retention with intervals, comparisons, claims and the figure."""
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import pandas as pd
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import figures
+from ..claims import COLUMNS as CLAIM_COLUMNS
+from ..claims import claim_row, published_figures
+from ..evaluation import losses_by_set
+from ..layerwise import DropSet, set_name
+from ..residual import SubBlock
+from ..scoring import METRICS, is_entropy
+from ..selection import PUBLISHED_PROTECTED, one_shot
+from ..statistics import Interval, comparison, ends
+from ..tasks.local_tasks import task_cards
+from ..tasks.retention import Retention, above_chance, accuracies
+from .methods import RANDOM, Choice, Method, drop_order, drop_sets, losses_of, with_labels
+
+BEST_OTHER = "best other"  # stands for the metric, of those that are not named, with the least loss on validation text
+DENSE = Method("dense", "none")
+PAPER_COUNT = ("retention", "retention_low", "retention_high")
+ABOVE_CHANCE = ("retention_above_chance", "above_chance_low", "above_chance_high")
+COLUMNS = ["metric", "rule", "draw", "best_other", "kind", "n_dropped", "task", "task_metric", "value", "stderr", "chance", "n"]
+COLUMNS += ["retention", "retention_above_chance", *PAPER_COUNT[1:], *ABOVE_CHANCE[1:], "note"]
+SAME_SHARE = 0.07  # fractions of dropped layers of two models that differ by less stand side by side
+COUNTERPART = {"EntroDrop": "bucket", "ShortGPT": "cosine"}  # published method -> our metric
+
+
+class Retentions(NamedTuple):
+    """Both counts of the accuracy that is left: over all tasks, and above chance; None where no task is above chance."""
+
+    paper: Retention
+    above_chance: Retention | None
+
+    @classmethod
+    def of(cls, scores: pd.DataFrame, answers: pd.DataFrame, seed: int = 0) -> "Retentions":
+        """From the two tables of ``task_scores_by_set``."""
+        tasks = above_chance(scores)
+        chance = Retention.of(scores, answers, tasks, seed) if tasks else None
+        return cls(Retention.of(scores, answers, seed=seed), chance)
+
+
+def tasks_table(tasks: Sequence[str], items: Mapping[str, int]) -> pd.DataFrame:
+    """What each task measures: task, measures, chance, available (items; empty for public tasks), items (those used)."""
+    table = pd.DataFrame({"task": tasks}).merge(task_cards().rename(columns={"items": "available"}), how="left")
+    measures = table.measures.fillna("a public benchmark, as lm-evaluation-harness defines it")
+    used = [items[task] for task in tasks]
+    return table.assign(measures=measures, available=table.available.astype("Int64"), items=used).set_index("task")
+
+
+def losses_by_metric(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    scores: pd.DataFrame,
+    metrics: Sequence[str],
+    n: int,
+    protected: Sequence[int] = PUBLISHED_PROTECTED,
+) -> pd.DataFrame:
+    """Loss on these windows without the ``n`` attention layers that each metric drops first: metric, nll; least loss first."""
+    sets = {metric: tuple(sorted(one_shot(scores, metric, "attention", n, protected))) for metric in metrics}
+    by_set = losses_of(losses_by_set(model, windows, sets.values())) if sets else {}
+    losses = [(metric, by_set[drop_set].nll.mean()) for metric, drop_set in sets.items()]
+    return pd.DataFrame(losses, columns=["metric", "nll"]).sort_values("nll", ignore_index=True)
+
+
+def choices_by_kind(
+    scores: pd.DataFrame, methods: Sequence[Method], counts: Mapping[str, Sequence[int]], protected: Sequence[int], seed: int
+) -> dict[Choice, DropSet]:
+    """The set that every method drops, for each count of each kind."""
+    choices: dict[Choice, DropSet] = {}
+    for kind, numbers in counts.items():
+        orders: dict[tuple[str, Method], list[SubBlock]] = {}
+        if numbers:
+            orders = {(kind, method): drop_order(scores, kind, method, protected, seed) for method in methods}
+        choices |= drop_sets(orders, numbers)
+    return choices
+
+
+def accuracy_table(
+    scores: pd.DataFrame, retentions: Retentions, choices: Mapping[Choice, DropSet], best_other: str | None = None
+) -> pd.DataFrame:
+    """The dense model and every choice: one row for each task and task metric, and the task "mean" with both retentions.
+
+    Args:
+        scores: the first table of ``task_scores_by_set``.
+        best_other: the metric that stands for ``BEST_OTHER``.
+    Returns:
+        metric, rule, draw, best_other (whether the metric was chosen by its loss), kind (empty for the dense model), n_dropped,
+        task, task_metric, value, stderr, chance, n, retention, retention_above_chance (of tasks where the dense model is above
+        chance), retention_low, retention_high, above_chance_low, above_chance_high, note (why a task was not measured).
+    """
+    names = scores.set.map(set_name)
+    dense = scores[names == ""].set_index(["task", "metric"]).value
+    table = scores.join(dense.rename("dense"), on=["task", "metric"])
+    counts = table.metric.str.startswith("acc")
+    usable = counts & table.task.isin(above_chance(scores))
+    above = (table.value - table.chance) / (table.dense - table.chance)
+    table = table.assign(retention=(table.value / table.dense).where(counts), retention_above_chance=above.where(usable))
+    by_set = dict(list(table.drop(columns="set").rename(columns={"metric": "task_metric"}).groupby(names)))
+    parts = []
+    for (kind, method, n), drop_set in {("", DENSE, 0): (), **choices}.items():
+        rows = pd.concat([by_set[set_name(drop_set)], pd.DataFrame([_mean_row(retentions, drop_set)])])
+        named = {"metric": method.metric, "rule": method.rule, "draw": method.draw, "best_other": method.metric == best_other}
+        parts.append(rows.assign(**named, kind=kind, n_dropped=n))
+    return pd.concat(parts, ignore_index=True).reindex(columns=COLUMNS)
+
+
+def _mean_row(retentions: Retentions, drop_set: DropSet) -> dict[str, object]:
+    """Mean accuracy over the tasks and both retentions with their intervals."""
+    paper, chance = retentions
+    at = paper.sets.index(drop_set)
+    row = {"task": "mean", "task_metric": "accuracy", "value": paper.mean[at], "stderr": paper.means[:, at].std()}
+    row |= {"chance": paper.chance, "note": "", **dict(zip(PAPER_COUNT, paper.share([drop_set]), strict=True))}
+    return row | (dict(zip(ABOVE_CHANCE, chance.share([drop_set], above=True), strict=True)) if chance else {})
+
+
+def counted(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``accuracy_table`` that enter the mean: one accuracy for each task, normed by length where the task has that."""
+    return accuracy.loc[accuracies(accuracy[["task", "task_metric"]].rename(columns={"task_metric": "metric"})).index]
+
+
+def dense_table(accuracy: pd.DataFrame, model: str = "") -> pd.DataFrame:
+    """The dense model's accuracy on every task: task, task_metric, value, stderr, chance, n, above chance (yes or no).
+
+    Args:
+        model: a name in the table of published model cards, which adds the column "model card".
+    """
+    rows = counted(accuracy[(accuracy.metric == DENSE.metric) & (accuracy.task != "mean")]).set_index("task")
+    above = (rows.value - rows.chance > 2 * rows.stderr).map({True: "yes", False: "no"})
+    table = rows[["task_metric", "value", "stderr", "chance", "n"]].astype({"n": int}).assign(**{"above chance": above})
+    if model:
+        cards = published_figures("model_cards")
+        card = cards[cards.model == model].set_index("task").value.map("{:.3f}".format)
+        table["model card"] = card.reindex(table.index).fillna("")
+    return table
+
+
+def unmeasured(accuracy: pd.DataFrame) -> list[str]:
+    """The tasks whose data are not on the machine."""
+    return accuracy[accuracy.note.fillna("") != ""].task.unique().tolist()
+
+
+def task_by_task(accuracy: pd.DataFrame, kind: str, n: int) -> pd.DataFrame:
+    """Accuracy of the dense model and of every method without ``n`` sub-blocks: a row per method, a column per task, then the mean
+    and both retentions.
+    """
+    rows = accuracy[(accuracy.metric == DENSE.metric) | (accuracy.kind == kind) & (accuracy.n_dropped == n)]
+    rows = with_labels(rows.assign(first_token=True))
+    means = rows[rows.task == "mean"].set_index("method")[["value", PAPER_COUNT[0], ABOVE_CHANCE[0]]]
+    tasks = counted(rows[rows.task != "mean"]).pivot_table(index="method", columns="task", values="value", sort=False)
+    return tasks.join(means.set_axis(["mean", "retention", "above chance"], axis=1))
+
+
+def mean_rows(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The means over tasks of every pruned model, with the column ``method`` in front."""
+    means = accuracy[(accuracy.task == "mean") & (accuracy.metric != DENSE.metric)]
+    return with_labels(means.assign(first_token=True))
+
+
+def interval_text(table: pd.DataFrame, columns: Sequence[str], spec: str) -> list[str]:
+    """Estimate, low and high of every row as one text, ``67% [56%, 78%]``."""
+    return [f"{Interval(*values):{spec}}" for values in table[list(columns)].itertuples(index=False)]
+
+
+def retention_table(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracy and both retentions with their intervals, as text: a row per kind, number dropped and method."""
+    means = mean_rows(accuracy)
+    texts = {"retention": interval_text(means, PAPER_COUNT, ".0%"), "above chance": interval_text(means, ABOVE_CHANCE, ".0%")}
+    return means[["kind", "n_dropped", "method"]].assign(accuracy=means.value.round(3), **texts).reset_index(drop=True)
+
+
+def retention_sentences(accuracy: pd.DataFrame, n: int, metrics: Sequence[str], tasks: str) -> str:
+    """Both retentions without ``n`` attention layers by each metric in one shot, as text.
+
+    Args:
+        tasks: what the tasks are called.
+    """
+    dense, means = dense_table(accuracy), mean_rows(accuracy)
+    rows = means[(means.kind == "attention") & (means.n_dropped == n) & (means.rule == "one-shot") & means.metric.isin(metrics)]
+    paper, above = (
+        ", ".join(f"{text} by {metric}" for metric, text in zip(rows.metric, interval_text(rows, columns, ".0%"), strict=True))
+        for columns in (PAPER_COUNT, ABOVE_CHANCE)
+    )
+    n_above = (dense["above chance"] == "yes").sum()
+    return (
+        f"Retention on {len(dense)} {tasks}: {paper or 'not measured'}. Above chance, {n_above} tasks: {above or 'not measured'}."
+    )
+
+
+def grouped(choices: Mapping[Choice, DropSet]) -> dict[Choice, list[DropSet]]:
+    """The sets of every kind, method and count; the random draws together, as draw 0."""
+    groups: dict[Choice, list[DropSet]] = {}
+    for (kind, method, n), drop_set in choices.items():
+        groups.setdefault((kind, method._replace(draw=0), n), []).append(drop_set)
+    return groups
+
+
+def retention_difference(retention: Retention, sets: Sequence[DropSet], reference: Sequence[DropSet]) -> Interval:
+    """The retention of some sets minus that of others, paired over items."""
+    difference = retention.share(sets).estimate - retention.share(reference).estimate
+    return Interval(difference, *map(float, ends(retention.draws(sets) - retention.draws(reference))))
+
+
+def accuracy_points(retention: Retention, sets: Sequence[DropSet], reference: Sequence[DropSet]) -> Interval:
+    """The mean accuracy of some sets minus that of others, in points, paired over items."""
+    points = 100 * retention.mean[retention.sets.index(())]
+    return Interval(*(float(value * points) for value in retention_difference(retention, sets, reference)))
+
+
+def compared_with(retention: Retention, choices: Mapping[Choice, DropSet], reference: Method) -> pd.DataFrame:
+    """Every method against the reference at the same kind and count.
+
+    Returns:
+        kind, method, metric, n_dropped, points (difference of mean accuracy; above zero the method is better), low, high, verdict.
+    """
+    groups, rows = grouped(choices), []
+    for (kind, method, n), sets in groups.items():
+        if method != reference and (kind, reference, n) in groups:
+            points = accuracy_points(retention, sets, groups[kind, reference, n])
+            label = "random (mean)" if method.rule == RANDOM else method.label
+            rows.append((kind, label, method.metric, n, *points, comparison(points.low, points.high)))
+    return pd.DataFrame(rows, columns=["kind", "method", "metric", "n_dropped", "points", "low", "high", "verdict"])
+
+
+def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], depth: int, promised: float) -> Figure:
+    """Retention against the fraction dropped: by attention in both counts, and by MLP and block, where they were measured."""
+    means = mean_rows(accuracy)
+    wanted = [("attention", PAPER_COUNT), ("attention", ABOVE_CHANCE), ("mlp", PAPER_COUNT), ("block", PAPER_COUNT)]
+    wanted = [(kind, columns) for kind, columns in wanted if kind in set(means.kind)]
+    figure, axes = figures.panels(2 if len(wanted) > 2 else 1, 2, empty=len(wanted) % 2)
+    for axis, (kind, columns) in zip(axes, wanted, strict=False):
+        _draw(axis, means[means.kind == kind], metrics, columns, depth)
+        named = "accuracy over dense" if columns == PAPER_COUNT else "the same above chance"
+        axis.axhline(promised, color="black", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{kind.replace('mlp', 'MLP')}: {named}")
+        axis.set(xlabel="fraction dropped", ylabel="retention", xlim=(-0.02, means.n_dropped.max() / depth + 0.04))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _draw(axis: Axes, means: pd.DataFrame, metrics: Sequence[str], columns: Sequence[str], depth: int) -> None:
+    """The curve of each metric with its interval, from the dense model on, and the random draws as points."""
+    estimate, low, high = columns
+    for metric in metrics:
+        rows = means[(means.metric == metric) & (means.rule == "one-shot")].sort_values("n_dropped")
+        x, style = [0, *rows.n_dropped / depth], {"color": figures.COLOURS[metric], "marker": figures.MARKERS[metric]}
+        axis.plot(x, [1, *rows[estimate]], label=metric, **style)
+        axis.fill_between(x, [1, *rows[low]], [1, *rows[high]], color=style["color"], alpha=0.15)
+    random = means[means.rule == RANDOM]
+    axis.plot(random.n_dropped / depth, random[estimate], "x", color=figures.COLOURS[RANDOM], label="random draws", markersize=4)
+
+
+def beside_published(accuracy: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """Published accuracies of large models with their source, and our retention of the same kind at the nearest fraction dropped.
+
+    Returns:
+        model, method, unit, n_dropped, n_total, metric, value, our retention (empty where nothing near was measured), source.
+    """
+    table = published_figures("others")
+    table = table[table.method.isin(list(COUNTERPART)) & table.metric.str.contains("retention|accuracy")]
+    means, ours = mean_rows(accuracy), []
+    for row in table.itertuples():
+        rows = means[(means.kind == row.unit) & (means.metric == COUNTERPART[row.method]) & (means.rule == "one-shot")]
+        distance = (rows.n_dropped / depth - row.n_dropped / row.n_total).abs()
+        near = rows.loc[distance[distance < SAME_SHARE].nsmallest(1).index]
+        ours += interval_text(near, PAPER_COUNT, ".3f") or [""]
+    columns = ["model", "method", "unit", "n_dropped", "n_total", "metric", "value", "our retention", "source"]
+    return table.assign(**{"our retention": ours}).astype({"n_dropped": int, "n_total": int})[columns].reset_index(drop=True)
+
+
+def accuracy_claims(
+    retentions: Retentions,
+    choices: Mapping[Choice, DropSet],
+    metrics: Sequence[str],
+    reference: str,
+    compared: tuple[float, int],
+    headline: tuple[float, int],
+    promised: float,
+) -> pd.DataFrame:
+    """The paper's claims about accuracy: entropy against the reference, the promised retention, attention against MLP.
+
+    Args:
+        metrics: those that rank in one shot.
+        compared: the fraction at which attention is compared with MLP, and the number of sub-blocks that it is.
+        headline: the fraction of attention layers for which the paper promises a retention, and their number.
+    Returns:
+        The columns of a claim; a claim is left out where its number of sub-blocks was not measured.
+    """
+    groups = {(kind, method.metric, n): sets for (kind, method, n), sets in grouped(choices).items() if method.rule == "one-shot"}
+    entropies, rows = [metric for metric in metrics if is_entropy(METRICS[metric])], []
+    for metric, (share, n) in product(entropies, (compared, headline)):
+        if ("attention", metric, n) in groups and ("attention", reference, n) in groups:
+            points = accuracy_points(retentions.paper, groups["attention", metric, n], groups["attention", reference, n])
+            text = f"{metric} beats {reference} at {100 * share:g}% of attention layers; measured: points of mean accuracy"
+            rows.append(claim_row(text, "abstract", "better", points))
+    for metric, retention in product(metrics, filter(None, retentions)):
+        if ("attention", metric, headline[1]) in groups:
+            above = retention is retentions.above_chance
+            kept = retention.share(groups["attention", metric, headline[1]], above)
+            layers = f"{100 * headline[0]:g}% of attention layers"
+            text = f"dropping {layers} by {metric} keeps {promised:.0%} of accuracy; measured: retention"
+            published = "> 0.95" if metric in entropies else ""
+            rows.append(claim_row(text + " above chance" * above, "results", published, kept, promised))
+    for metric in metrics:
+        sets = [groups.get((kind, metric, compared[1])) for kind in ("attention", "mlp")]
+        if all(sets):
+            text = f"attention is more redundant than MLP ({100 * compared[0]:g}% by {metric}); measured: difference of retention"
+            rows.append(claim_row(text, "results", "more redundant", retention_difference(retentions.paper, *sets)))
+    return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))

@@ -1,0 +1,124 @@
+"""The paper's statements about entropy and redundancy, each as a number that exceeds zero where the statement holds for a model."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from ..claims import claim, claim_row
+from ..profile import Profile
+from ..selection import count_of
+from ..statistics import Interval, bootstrap_means, ends
+from .architectures import ENTROPY_NAMES, Curves, committed_table, not_measured, sub_block_scores
+from .curves import boundary_layer
+
+STATEMENT_COLUMNS = ["claim", "family", "weights", "measured", "low", "high", "verdict"]
+ESTIMATORS = {metric: ENTROPY_NAMES[metric, True] for metric in ("bucket", "knn")}
+
+
+def stage_claims(curves: Curves, seed: int = 0) -> list[dict[str, object]]:
+    """The claim that each entropy falls, then rises: the smaller of fall and rise, in nats, exceeds zero.
+
+    The boundary between fall and rise is the lowest point of the other half of the windows, so noise alone makes no valley.
+    """
+    named = ((name, curves[entropy]) for entropy, name in ENTROPY_NAMES.items())
+    return [claim(f"{name} falls, then rises", "abstract", _valley(values), seed=seed) for name, values in named]
+
+
+def _valley(values: Float[np.ndarray, "sequence endpoint"]) -> Float[np.ndarray, "sequence"]:
+    """The smaller of fall and rise of every window."""
+    depths = []
+    for half in (0, 1):
+        mean, measured = values[half::2].mean(0), values[1 - half :: 2]
+        lower_end = 0 if mean[0] <= mean[-1] else -1
+        depths.append(measured[:, lower_end] - measured[:, 2 * boundary_layer(mean)])
+    return np.concatenate(depths)
+
+
+def depth_claims(scores: pd.DataFrame, fraction: float = 0.25, seed: int = 0) -> list[dict[str, object]]:
+    """The claim, for each estimator, that the attention layers with the least increase are deep: their mean depth exceeds 1/2.
+
+    The layers are ranked again in every bootstrap draw.
+    """
+    rows = []
+    for estimator, name in ESTIMATORS.items():
+        values = sub_block_scores(scores, estimator, True, "attention")
+        means, n_layers = np.vstack([values.mean(0), bootstrap_means(values, seed=seed)]), values.shape[1]
+        least = means.argsort(1)[:, : count_of(fraction, n_layers)]
+        depth, *draws = (least.mean(1) + 0.5) / n_layers - 0.5
+        text = (
+            f"the {100 * fraction:.3g}% of attention layers with the least {name} increase are deep; measured: mean depth less 1/2"
+        )
+        rows.append(claim_row(text, "results", "", Interval(depth, *ends(np.array(draws)))))
+    return rows
+
+
+def cost_statements(fraction: float = 0.375) -> dict[str, tuple[str, ...]]:
+    """The statements about costs, each with the words by which its claim is recognised in the table of notebook 02 or A2."""
+    share = f"{100 * fraction:.3g}%"
+    beats = {
+        f"{name} beats cosine at {share} of attention layers": (metric, "cosine", share) for metric, name in ESTIMATORS.items()
+    }
+    redundant = {
+        f"attention is more redundant than MLPs at {share} by {name}": (metric, "MLP", share) for metric, name in ESTIMATORS.items()
+    }
+    return beats | redundant
+
+
+def cost_claims(profile: Profile, model: str, fraction: float = 0.375) -> list[dict[str, object]]:
+    """The claims about costs of a model, from its notebook 02 (a decoder) or A2 (an encoder); empty where neither has run."""
+    table, rows = committed_table(profile, model, "02_claims.csv", "A2_claims.csv"), []
+    for text, words in cost_statements(fraction).items() if table is not None else ():
+        matches = [row for row in table.to_dict("records") if all(word.lower() in row["claim"].lower() for word in words)]
+        rows += [{**row, "claim": text} for row in matches[:1]]
+    return rows
+
+
+def statement_rows(claims: Iterable[Mapping[str, object]], family: str, weights: str = "trained") -> pd.DataFrame:
+    """Claims, without their quantities, as statements about a family: claim, family, weights, measured, low, high, verdict."""
+    table = pd.DataFrame(claims, columns=["claim", "measured", "low", "high", "verdict"])
+    return table.assign(claim=table.claim.str.split(";").str[0], family=family, weights=weights)[STATEMENT_COLUMNS]
+
+
+def untrained_statements(untrained: Mapping[str, Curves], seed: int = 0) -> pd.DataFrame:
+    """The statements about the stages of untrained models: family -> its curves."""
+    return pd.concat([statement_rows(stage_claims(curves, seed), family, "random") for family, curves in untrained.items()])
+
+
+def committed_statements(profile: Profile, models: Iterable[str], name: str, fraction: float = 0.375) -> pd.DataFrame:
+    """The statements about the trained models other than ``name``, from their notebooks 06, and 02 or A2."""
+    tables = []
+    for model in not_measured(models, [name]):
+        table = committed_table(profile, model, "06_statements.csv")
+        if table is not None:
+            own = table[(table.family == model) & (table.weights == "trained") & ~table.claim.isin(list(cost_statements(fraction)))]
+            tables += [own[STATEMENT_COLUMNS], statement_rows(cost_claims(profile, model, fraction), model)]
+    return pd.concat(tables, ignore_index=True) if tables else statement_rows([], "")
+
+
+def missing_costs(statements: pd.DataFrame, models: Iterable[str], fraction: float = 0.375) -> list[str]:
+    """The statements about costs at this fraction that no committed table of a model has, as ``model: statement``."""
+    measured = set(zip(statements.family, statements.claim, strict=True))
+    return [f"{model}: {text}" for model in models for text in cost_statements(fraction) if (model, text) not in measured]
+
+
+def statement_table(statements: pd.DataFrame) -> pd.DataFrame:
+    """Verdict, value and interval of every statement (rows) about every family (columns)."""
+    values = [f"{row.verdict}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in statements.itertuples()]
+    table = statements.assign(value=values)
+    table = table.pivot_table(index="claim", columns="family", values="value", aggfunc="first", sort=False)
+    return table.astype(object).fillna("not measured")
+
+
+def summary(statements: pd.DataFrame) -> list[str]:
+    """Sentences: how many statements hold for each family, and which hold for every family or for none."""
+    verdicts = statements.pivot_table(index="claim", columns="family", values="verdict", aggfunc="first", sort=False)
+    counts = [f"{(column == 'holds').sum()} of {column.count()} for {family}" for family, column in verdicts.items()]
+    judged = verdicts.dropna()
+    everywhere, nowhere = (list(judged.index[(judged == value).all(axis=1)]) for value in ("holds", "does not hold"))
+    return [
+        f"Statements that hold: {', '.join(counts)}.",
+        f"Statements that hold for all of these models: {'; '.join(everywhere) or 'none'}.",
+        f"Statements that hold for none of them: {'; '.join(nowhere) or 'none'}.",
+    ]

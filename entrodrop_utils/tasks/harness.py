@@ -1,0 +1,162 @@
+"""Tasks of lm-evaluation-harness: its definitions, prompts, metrics and standard errors, with our own log-likelihoods.
+
+The harness asks a model for log-likelihoods of continuations. When it asks the first time, ``loglikelihoods_by_set`` computes those
+of all sets of dropped sub-blocks.
+"""
+
+import difflib
+import functools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from io import StringIO
+from unittest import mock
+
+import lm_eval
+import numpy as np
+import pandas as pd
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..layerwise import distinct_sets
+from ..residual import SubBlock
+from ..text import quiet_datasets
+from .loglikelihoods import loglikelihoods_by_set
+
+
+class TaskUnavailable(RuntimeError):
+    """The data of a task are not available."""
+
+
+BOOTSTRAP = 1000  # draws, for the standard errors of metrics that are no means
+FEWSHOT_SEED = 1234  # that of the harness's own command line
+
+
+class PrunedLM(HFLM):
+    """The model without ``current`` (one of its sets), as the harness expects a model."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Iterable[Sequence[SubBlock]] = ((),)):
+        with quiet_harness():
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+        self.sets = distinct_sets(model, sets)
+        self.current, self.answers = self.sets[0], {one: {} for one in self.sets}
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple], disable_tqdm: bool = False, override_bs: int | None = None):
+        most = self.max_length + 1
+        questions = []
+        for _, context, continuation in requests:
+            whole = (context + continuation)[-most:]  # too long: the beginning is cut off, as the harness does
+            questions.append((tuple(whole[: -len(continuation)]), tuple(continuation)))
+        if missing := [question for question in dict.fromkeys(questions) if question not in self.answers[self.current]]:
+            for one, found in loglikelihoods_by_set(self.model, missing, self.sets).items():
+                self.answers[one].update(found)
+        return [self.answers[self.current][question] for question in questions]
+
+
+@functools.cache
+def _manager(own: str) -> TaskManager:
+    """The tasks of the harness and those in a folder, read once: the harness has thousands."""
+    return TaskManager(include_path=own or None)
+
+
+def check_tasks(names: Iterable[str], own: str = "") -> None:
+    """Raises ValueError for a task that does not exist, with similar names."""
+    known = _manager(own).all_tasks
+    for name in names:
+        if name not in known:
+            like = ", ".join(difflib.get_close_matches(name, known)) or "none is spelt like it"
+            raise ValueError(
+                f"unknown task {name!r} among the {len(known)} of lm-evaluation-harness and this suite (alike: {like})"
+            )
+
+
+def evaluate_task(lm: PrunedLM, name: str, limit: int | None = None, own: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One task (or group of tasks) for every set of ``lm``.
+
+    Args:
+        limit: at most so many items, which a group shares among its tasks; None for all.
+        own: a folder of further tasks.
+    Returns:
+        set, task, metric, value, stderr, chance, n (a group is one row a metric), and set, task, metric, item, value (single
+        items of single tasks, for metrics that are means over items).
+    Raises:
+        ValueError: a task that does not exist.
+        TaskUnavailable: its data are not available.
+    """
+    check_tasks([name], own)
+    scores, items = [], []
+    with quiet_harness():
+        try:
+            loaded = _manager(own).load([name])
+        except Exception as error:  # datasets and the hub raise a dozen kinds
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TaskUnavailable(f"the data of {name} cannot be had here ({reason})") from error
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        share = None if limit is None else math.ceil(limit / len(loaded["tasks"]))
+        for one in lm.sets:
+            lm.current = one
+            found = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=share, bootstrap_iters=BOOTSTRAP)
+            chances = {task: _chance(loaded["tasks"][task], samples) for task, samples in found["samples"].items()}
+            scores += [(lm.current, *row) for row in _scores(found, name, chances)]
+            items += [(lm.current, *row) for row in _items(found)]
+    columns = ["set", "task", "metric", "value", "stderr", "chance", "n"]
+    return pd.DataFrame(scores, columns=columns), pd.DataFrame(items, columns=["set", "task", "metric", "item", "value"])
+
+
+def _chance(task, samples: list[dict]) -> float:
+    """The accuracy of guessing: the mean of 1 / choices; 0 for tasks without choices."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return 0.0
+    return float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
+
+
+def _scores(found: dict, name: str, chances: dict[str, float]) -> Iterator[tuple]:
+    """task, metric, value, stderr, chance, n of a task or group; of the group's tasks if the group has no score."""
+    done = {task: len({sample["doc_id"] for sample in samples}) for task, samples in found["samples"].items()}
+    whole = found.get("groups", {}).get(name) or found["results"].get(name) or {}
+    for task in [name] if any("," in key for key in whole) else done:
+        within = [task] if task in done else list(done)
+        n = sum(done[one] for one in within)
+        of = found["groups"][task] if task not in done else found["results"][task]
+        for metric, kept, value in (
+            (*key.split(",", 1), value) for key, value in of.items() if "," in key and "_stderr," not in key
+        ):
+            chance = sum(chances[one] * done[one] for one in within) / n if metric.startswith("acc") else math.nan
+            stderr = of.get(f"{metric}_stderr,{kept}")
+            yield task, metric, float(value), math.nan if stderr in (None, "N/A") else float(stderr), chance, n
+
+
+def _items(found: dict) -> Iterator[tuple]:
+    """task, metric, item, value of every metric that is a number for each item."""
+    for task, samples in found["samples"].items():
+        for sample in samples:
+            for metric in sample["metrics"]:
+                if isinstance(sample[metric], (bool, int, float)):
+                    yield task, metric, sample["doc_id"], float(sample[metric])
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Without the harness's own output, which would end up in notebooks. Errors are raised as usual."""
+    names = ("lm_eval", "huggingface_hub")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with ExitStack() as stack:
+            for bar in ("lm_eval.api.task.tqdm", "lm_eval.api.model.tqdm", "lm_eval.models.huggingface.tqdm", "tqdm.tqdm"):
+                stack.enter_context(mock.patch(bar, lambda items, *_, **__: items))
+            stack.enter_context(mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
+            stack.enter_context(redirect_stdout(StringIO()))
+            stack.enter_context(quiet_datasets())
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

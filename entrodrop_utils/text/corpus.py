@@ -1,0 +1,245 @@
+"""Windows of tokens from the calibration, validation and evaluation parts of a text, which share no paragraph."""
+
+import codecs
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
+from datasets.utils import logging as datasets_logging
+from jaxtyping import Int
+from torch import Tensor
+
+from .harvest import PIECE, harvested
+
+# Tenths of the documents: which part one belongs to follows from its own hash, so adding text moves nothing.
+SHARES = {"calibration": range(0, 4), "validation": range(4, 6), "evaluation": range(6, 10)}
+OWN = ("docs", "code", "english", "random")
+# Name on the hub -> configuration and split, for sources that the literature calibrates on
+HUB = {
+    "c4": ("allenai/c4", "en", "train"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+}
+MOST_DOCUMENTS = 20_000
+
+
+def check_text(source: str) -> None:
+    """Refuse a text that cannot exist.
+
+    Raises:
+        ValueError: with the list of what can be named.
+    """
+    if not source.strip():
+        raise ValueError(f"no text is named: choose {', '.join((*OWN, *HUB))}, a file or a hub dataset")
+    path = Path(source).expanduser()
+    if source in OWN or source in HUB or (path.is_file() and _format(path)):
+        return
+    if _format(path) or path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise ValueError(
+            f"unknown text {source!r}: choose {', '.join((*OWN, *HUB))}, an existing .txt file (documents separated by blank "
+            "lines), an existing .jsonl file (one object with a `text` per line), either also as .gz, or a hub dataset of the form "
+            "organisation/name"
+        )
+
+
+def windows(
+    source: str, part: str, tokenizer: Callable, n_sequences: int, n_tokens: int, seed: int = 0
+) -> Int[Tensor, "sequence token"]:
+    r"""``n_sequences`` windows of ``n_tokens`` tokens, no two from one document.
+
+    Each window is the beginning of a document, as the tokenizer encodes it (with its beginning-of-sequence token if it has one);
+    a document that is too short goes on with the next. The same arguments give the same windows, and fewer windows are the first
+    of more. Sources: ``docs`` and ``code`` are the docstrings and the functions of installed packages, ``english`` are essays,
+    ``random`` draws every token evenly from the tokenizer's vocabulary without its special tokens; and files and hub datasets.
+
+    Raises:
+        ValueError: an unknown source or part, or one with too little text, with how much there is.
+
+    >>> notes = tmp_path / "notes.txt"
+    >>> _ = notes.write_text("\n\n".join(f"Note {i}: the ferry leaves at {i} past the hour." for i in range(60)))
+    >>> windows(str(notes), "calibration", tokenizer, n_sequences=3, n_tokens=8).shape
+    torch.Size([3, 8])
+    """
+    if part not in SHARES:
+        raise ValueError(f"unknown part {part!r}: choose one of {', '.join(SHARES)}")
+    if source == "random":
+        return _random(tokenizer, n_sequences, n_tokens, f"{part} {seed}")
+    texts = [document for _, document in documents(source, part)]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    found: list[list[int]] = []
+    text = ""
+    for index in order:
+        if len(found) == n_sequences:
+            break
+        text = f"{text}\n\n{texts[index]}" if text else texts[index]
+        # A token is at least one byte: a text that is too short is not encoded, and of a long one the beginning usually suffices
+        if len(text.encode()) < n_tokens:
+            continue
+        ids = _encode(tokenizer, text[: 20 * n_tokens])
+        if len(ids) < n_tokens and len(text) > 20 * n_tokens:
+            ids = _encode(tokenizer, text)
+        if len(ids) >= n_tokens:
+            found.append(ids[:n_tokens])
+            text = ""
+    if len(found) < n_sequences:
+        raise ValueError(
+            f"the {part} part of {source} ({len(texts)} documents) gives {len(found)} windows of {n_tokens} tokens, "
+            f"{n_sequences} are needed: use more text or a smaller size"
+        )
+    return torch.tensor(found)
+
+
+def _encode(tokenizer: Callable, text: str) -> list[int]:
+    """The ids of a whole text, whatever truncation and padding the tokenizer was set to before."""
+    try:
+        return tokenizer(text, truncation=False, padding=False).input_ids
+    except TypeError:  # a plain function
+        return tokenizer(text).input_ids
+
+
+def _random(tokenizer: Callable, n_sequences: int, n_tokens: int, stream: str) -> Int[Tensor, "sequence token"]:
+    """Tokens that say nothing; another part or seed is another stream."""
+    plain = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4]))
+    rows = [torch.randint(len(plain), (n_tokens,), generator=generator) for _ in range(n_sequences)]
+    return plain[torch.stack(rows)]
+
+
+def text_digest(ids: Int[Tensor, "sequence token"]) -> str:
+    """A short hash of the windows: two runs on the same text and tokenizer have the same."""
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()[:12]
+
+
+def belongs_to(key: str, part: str) -> bool:
+    """Whether the documents of this key (of ``docs``: the file they are from) are in the part."""
+    return hashlib.sha256(key.encode()).digest()[0] % 10 in SHARES[part]
+
+
+@lru_cache(maxsize=8)
+def documents(source: str, part: str) -> tuple[tuple[str, str], ...]:
+    """(key, text) of the documents of one part, without paragraphs that an earlier document, of any part, already had."""
+    check_text(source)
+    seen: set[bytes] = set()
+    kept: list[tuple[str, str]] = []
+    for key, document in _documents(source):
+        fresh = []
+        for paragraph in document.split("\n\n"):
+            mark = hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=12).digest()
+            if mark not in seen:
+                seen.add(mark)
+                fresh.append(paragraph)
+        if fresh and belongs_to(key, part):
+            kept.append((key, "\n\n".join(fresh).strip()))
+    return tuple((key, document) for key, document in kept if document)
+
+
+def _documents(source: str) -> Iterator[tuple[str, str]]:
+    """(key, text) of every document; documents with one key go into the same part."""
+    path = Path(source).expanduser()
+    if source in OWN:
+        for item in json.loads(harvested(source).read_text(encoding="utf-8")):
+            yield item["file"], item["text"]
+    elif _format(path) == "txt":
+        for document in _paragraphs(_read_text(path)):
+            yield document, document
+    else:
+        rows = _json_rows(path) if _format(path) == "jsonl" else _hub_rows(source)
+        for number, row in enumerate(islice(rows, MOST_DOCUMENTS), 1):
+            if not isinstance(row, dict) or "text" not in row:
+                columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(f"row {number} of {source} has no column `text`, only {columns or 'nothing'}")
+            if row["text"] is not None and not isinstance(row["text"], str):
+                raise ValueError(f"row {number} of {source} has a `text` of type {type(row['text']).__name__}: it must be a string")
+            if row["text"] and row["text"].strip():
+                yield row["text"], row["text"]
+
+
+def _format(path: Path) -> str | None:
+    """The format of a text file by its name, in any case and also compressed: txt, jsonl or None."""
+    suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    return suffix.lower()[1:] if suffix.lower() in (".txt", ".jsonl") else None
+
+
+def _read_text(path: Path) -> str:
+    """A file as text: UTF-8, or UTF-16 with a byte-order mark.
+
+    Raises:
+        ValueError: another encoding, or an empty file.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"the text {path} cannot be read ({error}): get a whole copy") from error
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the text {path} is not {encoding.removesuffix('-sig').upper()} (byte {error.start}): convert it, as in "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"the text {path} is empty")
+    return text.replace("\r\n", "\n")
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The documents of a plain text, which blank lines separate; pieces of ``PIECE`` characters where it has no blank line."""
+    documents = [document for document in re.split(r"\n[^\S\n]*\n", text) if document.strip()]
+    if len(documents) > 1:
+        return documents
+    pieces, lines = [""], text.splitlines(keepends=True)
+    for line in lines:
+        pieces[-1] += line
+        if len(pieces[-1]) >= PIECE:
+            pieces.append("")
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _json_rows(path: Path) -> Iterator[object]:
+    """The rows of a .jsonl file; blank lines are skipped.
+
+    Raises:
+        ValueError: a line that is not JSON, with its number.
+    """
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path} is not JSON ({error}): correct it, or remove it if it is cut") from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """The datasets library without its own bars and notices."""
+    verbosity, bars = datasets_logging.get_verbosity(), are_progress_bars_disabled()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
+        if not bars:
+            enable_progress_bars()
+
+
+def _hub_rows(source: str) -> Iterable[dict]:
+    """The rows of a dataset of the hub."""
+    name, config, split = HUB.get(source, (source, None, "train"))
+    with quiet_datasets():
+        try:
+            return load_dataset(name, config, split=split, streaming=name == "allenai/c4")
+        except Exception as error:  # the datasets library raises a dozen kinds
+            raise ValueError(
+                f"the text {source} could not be loaded ({' '.join(str(error).split())[:300]}); a dataset of the hub needs the "
+                "network once, or a local hub cache (HF_HOME)"
+            ) from error

@@ -1,0 +1,72 @@
+"""Entropy curves and the comparison with cosine: stages, scale and shape, and sentences that follow the numbers."""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from entrodrop_utils import cache, entropy
+from entrodrop_utils.residual import SubBlock
+from entrodrop_utils.scoring import without_first
+from entrodrop_utils.statistics import Interval
+from entrodrop_utils.studies import comparison, curves
+from entrodrop_utils.studies.methods import Method
+
+
+def test_stages_of_a_valley():
+    valley = np.array([5.0, 4, 3, 2, 1, 3, 4])  # inputs of three layers: 5, 3, 1; output 4
+    noise = np.random.default_rng(0).normal(0, 0.1, (20, 7))
+    found = curves.stages(valley + noise)
+    assert found.boundary == (2, 2, 2)
+    assert found.fall.low < 4 < found.fall.high
+    assert found.rise.low < 3 < found.rise.high
+    assert found.verdict == "holds"
+    assert curves.stages(np.tile(np.arange(7.0), (5, 1))).verdict == "does not hold"
+
+
+def test_a_scaled_copy_grows_in_scale_only():
+    states = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0)).double()
+    steps = [states, states, 3 * states]  # one layer: its attention changes nothing, its MLP scales
+    entropies, scales = (np.array([float(f(x)[0]) for x in steps]) for f in (partial(entropy.knn, k=5), curves.log_scale))
+    table = curves.scale_and_shape(entropies, scales)
+    assert table.increase[0] == pytest.approx(8 * np.log(3))
+    assert table["shape"][0] == pytest.approx(0, abs=1e-9)
+
+
+def test_functions_of_a_study_are_not_cached():
+    for measure in (curves.log_scale, without_first(curves.largest_activation)):
+        assert cache.subkey("base", measure) is None
+    assert cache.subkey("base", without_first(entropy.bucket)) is not None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sentence"),
+    [
+        (["worse"] * 3, "loses to cosine similarity in all 3 comparisons"),
+        (["better"] * 2, "beats cosine similarity in all 2 comparisons"),
+        (["better", "worse", "undecided", "same"], "beats cosine similarity in 1 of 4 comparisons and loses in 1"),
+    ],
+)
+def test_outcome_follows_the_verdicts(verdicts, sentence):
+    assert comparison.outcome(pd.Series(verdicts)) == sentence
+
+
+def test_a_negative_extra_cost_is_less():
+    assert comparison.extra_cost(Interval(0.47, 0.37, 0.57)) == "0.47 nats [0.37, 0.57] more"
+    assert comparison.extra_cost(Interval(-0.47, -0.57, 0.1)) == "0.47 nats [-0.10, 0.57] less"
+
+
+def test_claims_follow_the_compared_fractions():
+    losses = {"cosine": 2.0, "bucket": 3.0, "knn": 1.5}
+    by_set = {(): pd.DataFrame({"nll": [1.0, 1.1]})}
+    choices = {}
+    for number, (metric, loss) in enumerate(losses.items()):
+        drop_set = (SubBlock(number, "attention"),)
+        choices["attention", Method(metric), 3] = drop_set
+        by_set[drop_set] = pd.DataFrame({"nll": [loss, loss + 0.1]})
+    claims = comparison.paper_claims(by_set, choices, {0.5: 3})
+    assert list(claims.verdict) == ["does not hold", "holds", *["does not hold"] * 3]  # no MLPs, so no claim about them
+    assert claims.claim.str.contains("50% of attention layers").all()
+    assert (claims.published[2:] == "").all()  # the paper reports 37.5%
