@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce models fetch test test-all test-browser lint bench lab html lock clean
+.PHONY: help env reproduce models fetch test test-all test-browser lint bench lab html lock clean clean-cache
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ lock: ## resolve pyproject.toml anew into requirements.lock
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --progress-bar off "torch==2.13.0" ".[dev]"
 	build/lock/bin/python -m pip freeze --all --exclude entrodrop-utils --exclude pip | sed 's/+cpu//' > requirements.lock
+
+clean-cache: ## remove the results that are kept, and say how much that frees; they are computed again when they are needed
+	@test -d data/cache && du -sh data/cache | awk '{print $$1 " freed: data/cache"}' || echo "nothing to free: there is no data/cache"
+	@rm -rf data/cache
 
 clean: ## remove what can be made again, models, text and scores included
 	rm -rf build data/models data/text data/tasks data/cache .pytest_cache .ruff_cache

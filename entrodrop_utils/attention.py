@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .families.decoder import decoder_layers
 from .families.self_check import input_state, measuring
 from .progress import progress
+from .residual import check_tokens
 
 # query position, key position -> whether that query may attend to that key, on top of what the model itself allows
 Rule = Callable[[Int[Tensor, "query 1"], Int[Tensor, "1 key"]], Bool[Tensor, "query key"]]
@@ -29,7 +30,7 @@ def restricted(model: nn.Module, rule: Rule) -> Iterator[nn.Module]:
         ValueError: another attention implementation; in a forward pass, a token that would attend to nothing, or a family whose
             layers do not receive their mask.
     """
-    kind = model.config._attn_implementation
+    kind = model.config.get_text_config(decoder=True)._attn_implementation
     if kind not in ("eager", "sdpa"):
         raise ValueError(f"{type(model).__name__} runs {kind} attention, which takes no mask: load it with eager or sdpa attention")
 
@@ -62,16 +63,33 @@ def attention_on_first(model: PreTrainedModel, windows: Int[Tensor, "window toke
     Mean over heads, windows and all queries but the first, which in a decoder sees only itself. A large share is the attention sink
     of "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
     """
-    implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # fused kernels do not return their weights
-    try:
+    check_tokens(model, windows)
+    with _eager_attention(model):
         shares = [
             [float(weights[..., 1:, 0].float().mean()) for weights in _attentions(model, window)]
             for window in progress(windows, "attention on the first token")
         ]
-    finally:
-        model.set_attn_implementation(implementation)
     return np.array(shares).mean(0)
+
+
+@contextmanager
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model with eager attention while open, as fused kernels do not return their weights."""
+    before = [(config, config._attn_implementation) for config in _nested(model.config)]
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        for config, implementation in before:  # setting one also sets those in it, which come later
+            config._attn_implementation = implementation
+
+
+def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those in it, whose attention may differ."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _nested(part)
 
 
 def _attentions(model: PreTrainedModel, window: Int[Tensor, "token"]) -> tuple[Float[Tensor, "1 head query key"], ...]:

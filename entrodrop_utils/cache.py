@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +20,13 @@ import xxhash
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from .families.decoder import decoder_layers
 from .files import replacing
 from .paths import CACHE, PACKAGE
 from .progress import notice
+
+# Attributes of any module, and the mark of how it was initialised
+NO_SETTINGS = {*vars(nn.Module()), "_is_hf_initialized", "gradient_checkpointing"}
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -42,10 +47,28 @@ def fingerprint(model: nn.Module) -> str:
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # the folder it was read from does not matter
     parts = [torch.__version__, type(model).__name__, json.dumps(config, sort_keys=True, default=str)]
-    parts += [str(model.config._attn_implementation), str(getattr(model, "hf_device_map", ""))]
+    parts += [*_settings(model), str(getattr(model, "hf_device_map", ""))]
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:  # tied weights are listed once
         parts.append(f"{name} {weight.device.type} {tensor_digest(_fetched(model, name) if weight.is_meta else weight)}")
     return key(*parts)
+
+
+def _settings(model: nn.Module) -> Iterator[str]:
+    """What the config may not say: how each part attends, and the plain settings of the layers' modules (an adapter's scale)."""
+    for name, part in model.named_modules():
+        if config := getattr(part, "config", None):
+            chosen = (getattr(config, f"_{what}_implementation", None) for what in ("attn", "experts"))
+            yield " ".join(map(str, (name, *chosen)))
+    with suppress(ValueError):  # a model without layers has none
+        for name, part in decoder_layers(model).named_modules():
+            for setting, value in sorted(vars(part).items()):
+                if setting not in NO_SETTINGS and _is_plain(value):
+                    yield f"{name}.{setting} {value}"
+
+
+def _is_plain(value: object) -> bool:
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return all(map(_is_plain, parts)) if parts else isinstance(value, (bool, int, float, str))
 
 
 def _fetched(model: nn.Module, name: str) -> Tensor:
@@ -134,13 +157,16 @@ def subkey(base: str | None, *parts: object) -> str | None:
 
 def read(folder: str, entry: str | None) -> pd.DataFrame | None:
     """The table with this key; None if there is none, or if its file is damaged: it is then computed again and replaced."""
+    if entry is None:
+        return None
     path = CACHE / folder / f"{entry}.parquet"
-    if entry and path.exists():
-        try:
-            return pd.read_parquet(path)
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-            notice(f"{path} cannot be read ({type(error).__name__}): it is computed again")
-    return None
+    try:
+        return pd.read_parquet(path, page_checksum_verification=True)  # a bit that flipped is an error, and not another number
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # a damaged file raises half a dozen kinds
+        notice(f"{path} cannot be read ({type(error).__name__}): it is computed again")
+        return None
 
 
 def write(folder: str, entry: str | None, table: pd.DataFrame) -> None:
@@ -148,9 +174,10 @@ def write(folder: str, entry: str | None, table: pd.DataFrame) -> None:
     if entry:
         try:
             with replacing(CACHE / folder / f"{entry}.parquet") as unfinished:
-                table.to_parquet(unfinished, index=False)
+                table.to_parquet(unfinished, index=False, write_page_checksum=True)
         except OSError as error:
-            notice(f"results cannot be kept in {CACHE} ({error.strerror or error}): they will be computed again next time")
+            reason = os.strerror(error.errno) if error.errno else type(error).__name__  # its own text may name the file: one notice
+            notice(f"results cannot be kept in {CACHE} ({reason}): they will be computed again next time")
 
 
 def rows_by_set(

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .families.decoder import UnsupportedModel, decoder, decoder_layers, is_dropped, layer_list
 from .families.modeling_entrodrop import Bypass, require_cache_without_gaps
-from .families.self_check import N_TOKENS, evaluation_mode, has_module
+from .families.self_check import contributing_zero, equal, evaluation_mode, has_module, sample_ids
 from .residual import SubBlock, find, layout_of
 
 
@@ -58,21 +58,33 @@ class Edit:
         setattr(owner, name, value)
 
     def revert(self) -> None:
-        """Take every step back, the last one first.
+        """Take every step back, the last one first. An interrupt waits until all of them are.
 
         Raises:
             RuntimeError: a step could not be taken back; all others were.
         """
-        errors = []
+        errors: list[Exception] = []
+        interrupt = None
         while self._undo:
             try:
-                self._undo.pop()()
-            except Exception as error:
-                errors.append(error)
+                self._take_back(errors)
+            except KeyboardInterrupt as error:
+                interrupt = error
         if errors:
             raise RuntimeError(
                 f"the model could not be restored, load it again ({len(errors)} steps failed: {errors[0]})"
             ) from errors[0]
+        if interrupt:
+            raise interrupt
+
+    def _take_back(self, errors: list[Exception]) -> None:
+        """Every step that is left. One that is interrupted stays: it can be done twice."""
+        while self._undo:
+            try:
+                self._undo[-1]()
+            except Exception as error:
+                errors.append(error)
+            self._undo.pop()
 
 
 def _restore(owner: object, name: str) -> Callable[[], None]:
@@ -93,14 +105,17 @@ def _restore(owner: object, name: str) -> Callable[[], None]:
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """The configs that state the depth of the model: usually one, two where the decoder has its own."""
-    configs = [model.config.get_text_config(decoder=True), decoder(model).config]
-    return configs if configs[0] is not configs[1] else configs[:1]
+    config = model.config.get_text_config(decoder=True)
+    own = getattr(decoder(model), "config", config)
+    return [config] if own is config else [config, own]
 
 
 def _keep_layers(edit: Edit, config: PreTrainedConfig, kept: list[int], depth: int) -> None:
     """Let a config describe the kept layers: its depth, its lists of one value per layer, its lists of layers."""
     if getattr(config, "is_heterogeneous", False):
-        raise ValueError("blocks cannot be dropped from a model whose config has settings for single layers (per_layer_config)")
+        raise UnsupportedModel(
+            "blocks cannot be dropped: the model's config has settings for single layers (per_layer_config)"
+        )
     for key, value in list(vars(config).items()):
         per_layer = isinstance(value, (list, tuple)) and len(value) == depth and key != "mlp_only_layers"
         if per_layer and any(part in key for part in ("layer", "heads", "_size")):
@@ -116,7 +131,17 @@ def _keep_layers(edit: Edit, config: PreTrainedConfig, kept: list[int], depth: i
 
 
 def apply_drop(model: PreTrainedModel, drop_set: list[SubBlock]) -> Edit:
-    """Drop a checked set in place; ``revert`` of the returned edit undoes it. An error leaves the model as it was."""
+    """Drop a checked set in place; ``revert`` of the returned edit undoes it. An error leaves the model as it was.
+
+    Raises:
+        ValueError, RuntimeError, UnsupportedModel: as ``dropped``.
+    """
+    for kind in dict.fromkeys(kind for _, kind in drop_set):
+        _verify_edit(model, kind)
+    return _edit(model, drop_set)
+
+
+def _edit(model: PreTrainedModel, drop_set: list[SubBlock]) -> Edit:
     edit, layout, layers = Edit(), layout_of(model), decoder_layers(model)
     try:
         for layer, kind in drop_set:
@@ -146,42 +171,81 @@ def apply_drop(model: PreTrainedModel, drop_set: list[SubBlock]) -> Edit:
                 )
             if any(reuse) or "kv_sharing_modes" in vars(config):
                 edit.set(config, "kv_sharing_modes", reuse)
-        _verify_kinds(model, {kind for _, kind in drop_set})
-    except BaseException:
+    except BaseException as error:
         edit.revert()
+        if isinstance(error, (AttributeError, TypeError, LookupError)):  # what is edited is not as in other models
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UnsupportedModel(f"the modules and config of {type(model).__name__} cannot be edited ({reason})") from error
         raise
     return edit
 
 
-_verified_kinds: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_verified_edits: WeakKeyDictionary[nn.Module, set[tuple[str, bool]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _verify_kinds(model: PreTrainedModel, kinds: set[str]) -> None:
-    """Run the pruned model on first use of a kind of sub-block: the self-check verifies states, this the edits of index and config.
+def _verify_edit(model: PreTrainedModel, kind: str) -> None:
+    """Drop the first sub-block of a kind for a moment when the kind is first used, and compare.
+
+    The self-check proves the states; this the edits of index and config, which matter most for the first layer. Without it, the
+    model must compute what the whole model does with a zero contribution (a block that returns its input), and predict the same
+    next token with a cache.
 
     Raises:
-        UnsupportedModel: it does not run, or a decoder's next token with a cache differs from that without one.
+        UnsupportedModel: it does not run, or computes something else.
     """
-    verified = _verified_kinds.setdefault(decoder(model), set())
-    if kinds <= verified or any(parameter.is_meta for parameter in model.parameters()):
+    verified, proof = _verified_edits.setdefault(decoder(model), set()), (kind, model.can_generate())
+    if proof in verified or (any(weight.is_meta for weight in model.parameters()) and not hasattr(model, "hf_device_map")):
         return
-    ids = (torch.arange(N_TOKENS, device=model.device) * 7 + 2)[None] % model.get_input_embeddings().num_embeddings
-    names = " and ".join(sorted(kinds))
-    try:
-        with evaluation_mode(model):
-            whole = model(ids)[0]
-            cached = model(ids[:, :-1], use_cache=True) if model.can_generate() else None
-            last = model(ids[:, -1:], past_key_values=cached.past_key_values, use_cache=True)[0] if cached is not None else whole
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UnsupportedModel(f"{type(model).__name__} does not run without {names} ({reason}), so none can be dropped") from error
-    tolerance = 64 * torch.finfo(whole.dtype).eps
-    if not torch.allclose(last[:, -1], whole[:, -1], rtol=tolerance, atol=tolerance * float(whole.abs().max())):
+    first, name, ids = next(s for s in find(model, kind) if _can_be_dropped(model, s)), type(model).__name__, sample_ids(model)
+    layer, branch = decoder_layers(model)[first.layer], None if kind == "block" else layout_of(model).branch(kind)
+    with evaluation_mode(model):
+        with contributing_zero(layer, branch):
+            reference = _logits(model, ids)
+        edit = _edit(model, [first])
+        try:
+            whole = _logits(model, ids)
+            difference = _cache_error(model, ids, whole)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UnsupportedModel(f"{name} does not run without {first} ({reason}), so no {kind} can be dropped") from error
+        finally:
+            edit.revert()
+    if not equal(whole, reference):
         raise UnsupportedModel(
-            f"{type(model).__name__} without {names} predicts another next token with a cache than without, so none can be dropped"
+            f"{name} without {first} computes something else than with a zero contribution of it, so no {kind} can be dropped"
         )
-    verified |= kinds
+    if not difference <= 1e-4:
+        with evaluation_mode(model):
+            own = _cache_error(model, ids, _logits(model, ids))
+        if not difference <= 4 * own:
+            raise UnsupportedModel(
+                f"{name} without {first} predicts another next token with a cache than without, so no {kind} can be dropped"
+            )
+    verified.add(proof)
+
+
+def _can_be_dropped(model: PreTrainedModel, sub_block: SubBlock) -> bool:
+    try:
+        return bool(check_drop_set(model, [sub_block]))
+    except ValueError:
+        return False
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The model's output without a cache."""
+    return model(ids, **({"use_cache": False} if model.can_generate() else {}))[0]
+
+
+def _cache_error(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> float:
+    """How far the last logits with a cache are from those without one, relative to their size; 0 where the model has no cache."""
+    cached = model(ids[:, :-1], use_cache=True) if model.can_generate() else None
+    if getattr(cached, "past_key_values", None) is None:
+        return 0.0
+    last = model(ids[:, -1:], past_key_values=cached.past_key_values, use_cache=True)[0]
+    return float((last[:, -1] - whole[:, -1]).float().norm() / whole[:, -1].float().norm())
 
 
 @contextmanager

@@ -94,13 +94,13 @@ def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, 
     Raises:
         ValueError: fewer than two tokens, NaN or inf, integer states, ``bins`` below 2.
     """
-    if bins < 2 or bins != int(bins):
+    if bins < 2 or bins % 1:
         raise ValueError(f"bins must be a whole number of at least 2, got {bins}")
     bins, x = int(bins), _checked(x)
     *batch, tokens, dim = x.shape
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
-    if not torch.isfinite(high - low).all():  # a range past that of float32
-        return bucket(x.double(), bins)
+    if not torch.isfinite(high - low).all():  # a range past that of the dtype; the estimate does not change with scale
+        return bucket(x.double() / 4, bins)
     histograms = math.prod(batch) * dim
     integer = torch.int32 if histograms * bins < 2**31 else torch.int64
     index = (x - low).mul_(bins / (high - low).clamp(min=torch.finfo(x.dtype).tiny * bins)).to(integer).clamp_(max=bins - 1)
@@ -130,7 +130,7 @@ def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False)
     """
     x = _checked(x)
     tokens, dim = x.shape[-2:]
-    if not 1 <= k < tokens or k != int(k):
+    if not 1 <= k < tokens or k % 1:
         raise ValueError(f"k must be a whole number between 1 and token - 1 = {tokens - 1}, got {k}")
     k = int(k)
     d2 = squared_distances(x)
@@ -159,7 +159,7 @@ def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tenso
     Raises:
         ValueError: alpha, fewer than two tokens, NaN or inf, integer states.
     """
-    if alpha <= 0 or alpha == 1:
+    if not 0 < alpha < math.inf or alpha == 1:
         raise ValueError(f"alpha must be positive and not 1 (the limit is not defined for this estimator), got {alpha}")
     log_mean = torch.logsumexp((alpha - 1) * _log_kernel(_checked(x)), dim=(-2, -1)) - 2 * math.log(x.shape[-2])
     return log_mean / (1 - alpha)
@@ -224,7 +224,7 @@ def matrix_renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Floa
     Raises:
         ValueError: alpha, fewer than two tokens, NaN or inf, integer states, all states zero.
     """
-    if alpha <= 0:
+    if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive, got {alpha}")
     eigenvalue = _spectrum(_checked(x))
     if alpha == 1:

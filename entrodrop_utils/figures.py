@@ -50,7 +50,7 @@ def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-
     axis.fill_between(x, table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
 
 
-def log_scale(axis: Axes) -> None:
+def log_axis(axis: Axes) -> None:
     """A logarithmic vertical axis with plain numbers at 1, 2 and 5."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -32,15 +32,18 @@ def build_once(path: Path, build: Callable[[Path], None], is_complete: Callable[
     """``path``, made by ``build(unfinished)`` unless it is there and complete.
 
     ``build`` fills a new folder or writes a file beside ``path``, which is moved into place when it is finished. A lock keeps other
-    processes waiting meanwhile.
+    processes waiting meanwhile. Nothing is written where ``path`` is complete, so it may be on a read-only disk.
 
     Args:
         is_complete: whether an existing ``path`` can be used; by default whether it exists.
     """
+    is_complete = is_complete or path.exists
+    if is_complete():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     with FileLock(path.with_name(f".{path.name}.lock")):
-        if (is_complete or path.exists)():
+        if is_complete():
             return path
         remove_path(unfinished)
         try:

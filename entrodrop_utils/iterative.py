@@ -72,8 +72,9 @@ def prune_until(
     measure = (lambda smaller: perplexity(smaller, validation).per_window) if by_loss else validation
     kept = protected_layers(protected, len(decoder_layers(model)))
     candidates = [sub_block for sub_block in find(model, kind) if sub_block.layer not in kept]
+    log = None if log is None else Path(log).expanduser()
     run = {} if log is None else _identity(model, windows, validation, metrics, kind, kept)
-    steps = [] if log is None else _read_log(Path(log), run)
+    steps = [] if log is None else _read_log(log, run)
     chosen: list[SubBlock] = []
     rows: list[tuple] = []
     for number in progress(range(len(candidates) + 1), f"dropping {kind} until {retention:g}"):
@@ -83,7 +84,7 @@ def prune_until(
                 break
             steps.append(step)
             if log is not None:
-                write_text(Path(log), json.dumps({"run": run, "steps": steps}))
+                write_text(log, json.dumps({"run": run, "steps": steps}))
         if number:  # step 0 is the dense model
             step, dense = steps[number], steps[0]
             chosen.append(SubBlock(step["layer"], kind))

@@ -93,18 +93,20 @@ def parameter_value(name: str, value: object, kind: type) -> object:
 
 
 def slug(name: str) -> str:
-    """A model's or text's name as a folder name. A path gets a hash, as the last parts of two paths may be equal.
+    """A model's or text's name as a folder name. A hash tells it apart where the name alone cannot.
 
-    A file or folder whose name is already a folder name is taken as a name; the runner passes absolute paths.
+    The last parts of two paths may be equal, and signs that a folder name should not have are replaced. A file or folder whose name
+    is already a folder name is taken as a name; the runner passes absolute paths.
     """
-    plain = _plain(name.replace("/", "--"))
+    plain = plain_name(name.replace("/", "--"))
     path = Path(name).expanduser()
     if plain != name and path.exists():
-        return _plain(f"{path.resolve().name}-{short_hash(str(path.resolve()))}")
-    return plain
+        return f"{plain_name(Path(os.path.abspath(path)).name)[:80]}-{short_hash(str(path.resolve()))}"
+    return plain if plain == name.replace("/", "--").lower() else f"{plain}-{short_hash(name)}"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name in small letters without the signs that a folder name should not have."""
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".-").lower() or "unnamed"
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ def notice(message: str) -> None:
         return
     _notices.add(message)
     if path := os.environ.get(HEADLESS):
-        with open(path, "a", encoding="utf-8") as log:
+        with suppress(OSError), open(path, "a", encoding="utf-8") as log:  # on a full disk, of which the message may tell
             log.write(f"{message}\n")
     else:
         warnings.warn(message, stacklevel=3)

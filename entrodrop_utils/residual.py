@@ -118,19 +118,28 @@ def capture(model: nn.Module, callback: Callback) -> Iterator[None]:
         yield
 
 
+def _n_positions(model: nn.Module) -> int | None:
+    """How many tokens the model can read at once, by its config; None where that names no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tables = (part for name, part in model.named_modules() if isinstance(part, nn.Embedding) and "position" in name.split(".")[-1])
+    first = next((part.padding_idx + 1 for part in tables if part.padding_idx is not None), 0)  # RoBERTa counts from there
+    return limit - first if limit else None
+
+
 def check_tokens(model: nn.Module, ids: Int[Tensor, "*batch token"]) -> None:
     """Refuse tokens that the model cannot read, before anything runs.
 
     Raises:
-        ValueError: more tokens than the model has positions, or an id past its embedding.
+        ValueError: more tokens than the model has positions, a negative id, or one past its embedding.
     """
-    config = model.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None) or ids.shape[-1]
-    if ids.shape[-1] > positions:
+    positions = _n_positions(model)
+    if positions is not None and ids.shape[-1] > positions:
         raise ValueError(
             f"windows of {ids.shape[-1]} tokens are longer than the {positions} positions of the model: use shorter ones"
         )
     rows = model.get_input_embeddings().num_embeddings
+    if ids.numel() and int(ids.min()) < 0:
+        raise ValueError(f"token {int(ids.min())} is negative: a window holds the ids of whole text, without padding or masks")
     if ids.numel() and int(ids.max()) >= rows:
         raise ValueError(
             f"token {int(ids.max())} is past the {rows} rows of the model's embedding: the tokenizer belongs to another model"

@@ -34,7 +34,7 @@ def _config_mismatch(model: PreTrainedModel) -> str | None:
         with torch.device("meta"):
             fresh = _described(type(model)._from_config(config))
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
     own = _described(model)
     wrong = sorted(name for name in own.keys() | fresh.keys() if own.get(name) != fresh.get(name))
     return f"{wrong[0]} would be {fresh.get(wrong[0], 'missing')}, not {own.get(wrong[0], 'missing')}" if wrong else None
@@ -59,21 +59,24 @@ def remove(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> PreTrained
     record = getattr(model.config, RECORD, None) or {"layers": depth, "kept": list(range(depth)), "dropped": []}
     blocks = {layer for layer, kind in drop_set if kind == "block"}
     edit, family = apply_drop(model, drop_set), type(model)
-    record = {
-        **record,
-        "version": VERSION,
-        "kept": [old for new, old in enumerate(record["kept"]) if new not in blocks],
-        "dropped": record["dropped"] + [[record["kept"][layer], kind] for layer, kind in drop_set],
-        "bypasses": {name: part.returns for name, part in model.named_modules() if is_bypass(part)},
-    }
-    edit.set(model.config, RECORD, record)
-    if record["bypasses"]:
-        model.__class__ = pruned_class(family)
-    if blocks and (reason := _config_mismatch(model)):
-        edit.revert()
+    try:
+        record = {
+            **record,
+            "version": VERSION,
+            "kept": [old for new, old in enumerate(record["kept"]) if new not in blocks],
+            "dropped": record["dropped"] + [[record["kept"][layer], kind] for layer, kind in drop_set],
+            "bypasses": {name: part.returns for name, part in model.named_modules() if is_bypass(part)},
+        }
+        edit.set(model.config, RECORD, record)
+        if record["bypasses"]:
+            model.__class__ = pruned_class(family)
+        if blocks and (reason := _config_mismatch(model)):
+            names = ", ".join(str(sub_block) for sub_block in drop_set if sub_block.kind == "block")
+            raise ValueError(f"without {names} no config describes the model: {reason}")
+    except BaseException:
         model.__class__ = family
-        names = ", ".join(str(sub_block) for sub_block in drop_set if sub_block.kind == "block")
-        raise ValueError(f"without {names} no config describes the model: {reason}")
+        edit.revert()
+        raise
     return model
 
 

@@ -92,6 +92,7 @@ def measure(
         metric -> endpoint, sequence, value; or kind, layer, sequence, value.
     """
     check_tokens(model, windows)
+    _check_metrics(metrics, windows.shape[-1])
     similarities = [key for key, metric in metrics.items() if not is_entropy(metric)]
     sub_blocks = [sub_block for kind in kinds for sub_block in find(model, kind)] if similarities else []
     rows: dict[Hashable, list[tuple]] = {key: [] for key in metrics}
@@ -110,6 +111,17 @@ def measure(
                     rows[key].append((*reversed(sub_block), sequence, value))
     columns = {key: ["kind", "layer"] if key in similarities else ["endpoint"] for key in metrics}
     return {key: pd.DataFrame(rows[key], columns=[*columns[key], "sequence", "value"]) for key in metrics}
+
+
+def _check_metrics(metrics: Mapping[Hashable, Metric], tokens: int) -> None:
+    """Let the registered metrics refuse windows of so many tokens, as knn does with a larger k, before the model runs."""
+    states = torch.randn(2, tokens, 4, generator=torch.Generator().manual_seed(0))
+    for metric in metrics.values():
+        inner = metric
+        while changed := getattr(inner, "func", None) or getattr(inner, "__wrapped__", None):
+            inner = changed
+        if inner in METRICS.values():
+            metric(*states[: 1 if is_entropy(metric) else 2])
 
 
 @torch.inference_mode()

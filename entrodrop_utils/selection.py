@@ -31,7 +31,8 @@ def protected_layers(protected: Iterable[int], n_layers: int) -> set[int]:
     """
     protected = tuple(protected)
     if wrong := [layer for layer in protected if not -n_layers <= layer < n_layers]:
-        raise ValueError(f"cannot protect layers {wrong}: there are {n_layers} layers")
+        there = "is 1 layer" if n_layers == 1 else f"are {n_layers} layers"
+        raise ValueError(f"cannot protect layers {wrong}: there {there}")
     return {layer % n_layers for layer in protected}
 
 
@@ -45,8 +46,8 @@ def one_shot(
         n: how many; None for all that are not protected.
         protected: layers that are never dropped; the default is that of the published EntroDrop code.
     Raises:
-        ValueError: the scores do not hold this metric and kind, fewer than ``n`` sub-blocks are not protected, or a protected layer
-            does not exist.
+        ValueError: the scores do not hold this metric and kind, fewer than ``n`` sub-blocks are not protected, all are, or a
+            protected layer does not exist.
 
     >>> scores = score(model, windows, ["cosine"], kinds=["attention"])
     >>> [sub_block.kind for sub_block in one_shot(scores, "cosine", "attention", n=2)]
@@ -55,6 +56,8 @@ def one_shot(
     mean = scores_by_layer(scores, metric, kind).mean()
     kept = protected_layers(protected, int(scores.layer.max()) + 1)
     order = mean.drop(index=[layer for layer in mean.index if layer in kept]).sort_values(kind="stable")
+    if n is None and order.empty:
+        raise ValueError(f"all {len(mean)} sub-blocks of kind {kind} are protected, in layers {sorted(kept)}: protect fewer")
     if n is not None and not 0 <= n <= len(order):
         raise ValueError(f"cannot drop {n} of {len(mean)} sub-blocks of kind {kind}: {len(order)} are not protected")
     return [SubBlock(int(layer), kind) for layer in order.index[:n]]

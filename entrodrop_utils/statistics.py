@@ -4,6 +4,7 @@ Every interval is a 95% percentile bootstrap interval: the units (calibration se
 with replacement, and the statistic is computed for each draw.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,11 @@ def curve_table(values: Float[np.ndarray, "unit point"], seed: int = 0) -> pd.Da
     """Mean of every column over units, with its interval: mean, low, high."""
     low, high = ends(bootstrap_means(values, seed=seed))
     return pd.DataFrame({"mean": np.asarray(values).mean(0), "low": low, "high": high})
+
+
+def interval_text(table: pd.DataFrame, columns: Sequence[str], spec: str = ".2f") -> list[str]:
+    """Three columns of every row, estimate, low and high, as text: ``0.31 [0.26, 0.36]``."""
+    return [f"{Interval(*values):{spec}}" for values in table[list(columns)].itertuples(index=False)]
 
 
 def kendall_interval(

@@ -23,7 +23,10 @@ def test_stages_of_a_valley():
     assert found.fall.low < 4 < found.fall.high
     assert found.rise.low < 3 < found.rise.high
     assert found.verdict == "holds"
-    assert curves.stages(np.tile(np.arange(7.0), (5, 1))).verdict == "does not hold"
+    assert curves.shape_of(found.fall, found.rise) == "falls and then rises"
+    rising = curves.stages(np.tile(np.arange(7.0), (5, 1)))
+    assert rising.verdict == "does not hold"
+    assert curves.shape_of(rising.fall, rising.rise) == "has no falling stage"
 
 
 def test_a_scaled_copy_grows_in_scale_only():

@@ -180,7 +180,7 @@ def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tok
 
     monkeypatch.setattr(harness, "_manager", lambda _: Nothing())
     found = task_scores(model, tokenizer, ["away"])
-    assert found.note.tolist() == ["the data of away cannot be had here (cannot reach the hub)"]
+    assert found.note.tolist() == ["the data of away cannot be had here (cannot reach the hub more)"]
     assert found.n.tolist() == [0] and found.value.isna().all()
 
 

@@ -97,12 +97,12 @@ def test_a_file_without_text_says_which_columns_it_has(tmp_path):
 def test_a_broken_file_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text("{not json\n")
-    with pytest.raises(ValueError, match=r"broken.jsonl could not be loaded \(.*one JSON object a line"):
+    with pytest.raises(ValueError, match=r"line 1 of .*broken.jsonl is not JSON \(.*\): correct it"):
         text.windows(str(path), "calibration", Letters(), 1, 10)
 
 
 def test_loading_is_silent(source, capfd):
-    text.documents.cache_clear()
+    corpus._documents_of.cache_clear()
     text.windows(source, "calibration", Letters(), 3, 20)
     assert capfd.readouterr() == ("", "")
 

@@ -69,7 +69,7 @@ def costs(axis: Axes, explorer: Explorer, drop: Sequence[SubBlock], counts: dict
     else:
         axis.text(len(drop), 0.5, f" {missing}", transform=axis.get_xaxis_transform(), color=DROPPED)
     if name == "perplexity":
-        figures.log_scale(axis)
+        figures.log_axis(axis)
     axis.set(
         title=f"{name.split(' (')[0]}, held-out text",
         xlabel="number dropped",

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .layouts import LAYER_LISTS, LAYOUTS, STACKS, Layout
 from .modeling_entrodrop import is_bypass
@@ -61,6 +62,17 @@ def is_dropped(layer: nn.Module, layout: Layout, kind: Literal["attention", "mlp
     return is_bypass(layer.get_submodule(next(iter(layout.branch(kind)))))
 
 
+def _damaged(model: nn.Module) -> list[str]:
+    """The weights that hold NaN or infinite values, and the buffers that hold NaN: a mask may be infinite."""
+    weights = {name: weight.isfinite().all() for name, weight in model.named_parameters() if _may_be_nan(weight)}
+    weights |= {name: ~buffer.isnan().any() for name, buffer in model.named_buffers() if _may_be_nan(buffer)}
+    return [name for name, sound in weights.items() if not sound]
+
+
+def _may_be_nan(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta
+
+
 def find_layout(model: nn.Module, capture: Callable[..., Capture]) -> Layout:
     """The layout of the model's decoder layers, verified by the self-check on this model.
 
@@ -81,19 +93,21 @@ def find_layout(model: nn.Module, capture: Callable[..., Capture]) -> Layout:
         )
     if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         return next(iter(candidates.values()))  # a model without weights computes nothing that could be wrong
+    if damaged := _damaged(model):
+        raise ValueError(
+            f"{len(damaged)} weights of {name} hold NaN or infinite values, first {damaged[0]}: get a whole copy of it"
+        )
     mismatches = {}
     for key, layout in candidates.items():
         try:
             mismatch = find_mismatch(model, blocks, layout, capture)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a wrong layout can break a forward pass in any way
             mismatch = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if mismatch is None:
             return layout
         mismatches[key] = mismatch
-    if damaged := [name for name, weight in model.named_parameters() if not weight.is_meta and not weight.isfinite().all()]:
-        raise ValueError(
-            f"{len(damaged)} weights of {name} hold NaN or infinite values, first {damaged[0]}: get a whole copy of it"
-        )
     reasons = "; ".join(f"{key}: {mismatch}" for key, mismatch in mismatches.items())
     raise UnsupportedModel(
         f"{name} has the modules of a known layout, but the states read from it are not the model's ({reasons}). Scores and drops "

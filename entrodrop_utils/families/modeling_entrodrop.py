@@ -113,9 +113,11 @@ class Pruned:
 @functools.cache
 def pruned_class(family: type) -> type:
     """The family's class with ``Pruned`` mixed in; it keeps the family's name, which other code looks up."""
-    if any(base.__name__ == Pruned.__name__ for base in family.__mro__):
+    if issubclass(family, Pruned):
         return family
-    return type(family.__name__, (Pruned, family), {"__module__": family.__module__, "__qualname__": family.__qualname__})
+    # A folder's own copy of this file, perhaps an older one, has mixed in its own class: the family's class is behind it
+    plain = next(base for base in family.__mro__ if not any(c.__name__ == Pruned.__name__ for c in base.__mro__))
+    return type(plain.__name__, (Pruned, plain), {"__module__": plain.__module__, "__qualname__": plain.__qualname__})
 
 
 def build(path: str, config: PreTrainedConfig, **kwargs):

@@ -11,6 +11,7 @@ from .layouts import Layout
 from .modeling_entrodrop import Bypass
 
 N_TOKENS = 8  # of each forward pass
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 Capture = AbstractContextManager[None]
 
 
@@ -32,29 +33,30 @@ def has_module(layer: nn.Module, path: str | None) -> bool:
 @contextmanager
 def _bypassed(layer: nn.Module, branch: dict[str, str]) -> Iterator[None]:
     """The layer without a branch while open."""
-    modules = {path: layer.get_submodule(path) for path in branch}
-    try:
+    with ExitStack() as stack:
         for path, returns in branch.items():
+            stack.callback(layer.set_submodule, path, layer.get_submodule(path))
             layer.set_submodule(path, Bypass(returns))
         yield
-    finally:
-        for path, module in modules.items():
-            layer.set_submodule(path, module)
 
 
 @contextmanager
-def _contributing_zero(layer: nn.Module, branch: dict[str, str]) -> Iterator[None]:
-    """The layer whose branch's last module returns zero while open; the norms of the branch stay in place."""
-    path, returns = next(iter(branch.items()))
+def contributing_zero(layer: nn.Module, branch: dict[str, str] | None) -> Iterator[None]:
+    """The layer with a branch that runs and adds nothing while open; without a branch, the layer that returns its input.
+
+    The last module of the branch returns zero; its norms stay in place.
+    """
+    path, returns = next(iter(branch.items())) if branch else ("", "zero")
     if returns.split()[0] != "zero":  # the module adds to the stream itself
         with _bypassed(layer, {path: returns}):
             yield
         return
 
-    def zero(_, args, output):
-        return (output[0] * 0, *output[1:]) if isinstance(output, tuple) else output * 0
+    def replace(_, args, kwargs, output):
+        state = torch.zeros_like(output_state(output)) if branch else input_state(args, kwargs)
+        return (state, *output[1:]) if isinstance(output, tuple) else state
 
-    handle = layer.get_submodule(path).register_forward_hook(zero)
+    handle = layer.get_submodule(path).register_forward_hook(replace, with_kwargs=True)
     try:
         yield
     finally:
@@ -82,11 +84,14 @@ def _given_inputs(blocks: nn.ModuleList, inputs: Sequence[Tensor], outputs: list
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode while open; each module returns to its own mode."""
+    """The model in evaluation mode and without autocast while open; each module returns to its own mode."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
-        yield
+        with ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, DEVICES):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            model.eval()
+            yield
     finally:
         for module in training:
             module.training = True
@@ -97,16 +102,23 @@ def measuring(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def measured(model: nn.Module, *args, **kwargs):
-        device = next(model.parameters()).device.type
-        with torch.inference_mode(), evaluation_mode(model), torch.autocast("cpu" if device == "meta" else device, enabled=False):
+        with torch.inference_mode(), evaluation_mode(model):
             return function(model, *args, **kwargs)
 
     return measured
 
 
-def _equal(x: Tensor, y: Tensor) -> bool:
+def equal(x: Tensor, y: Tensor) -> bool:
+    """Whether two results differ by rounding only."""
     tolerance = 16 * torch.finfo(y.dtype).eps
     return x.shape == y.shape and torch.allclose(x, y, rtol=tolerance, atol=tolerance * float(y.abs().mean()))
+
+
+def sample_ids(model: nn.Module) -> Tensor:
+    """A few tokens for a check, one sequence."""
+    embedding = model.get_input_embeddings().weight
+    device = "cpu" if embedding.is_meta else embedding.device  # offloaded weights move to where they are needed
+    return (torch.arange(N_TOKENS, device=device) * 7 + 2)[None] % embedding.shape[0]
 
 
 @torch.no_grad()
@@ -116,25 +128,28 @@ def find_mismatch(model: nn.Module, blocks: nn.ModuleList, layout: Layout, captu
     Short forward passes over eight tokens, in which every layer receives its own input of the first pass. Removing the MLP of a
     layer must return the mid-layer state, removing both branches the layer's input (after the norms, where the stream itself is
     normed), and the last state must reproduce the model's output. Removing a branch must also equal a zero contribution: the layer
-    whose branch's last module returns zero, with its norms in place.
+    whose branch's last module returns zero, with its norms in place. What is called the MLP must treat each token by itself.
     """
-    embedding = model.get_input_embeddings().weight
-    device = "cpu" if embedding.is_meta else embedding.device  # offloaded weights move to where they are needed
-    ids = (torch.arange(N_TOKENS, device=device) * 7 + 2)[None] % embedding.shape[0]
-    depth, captured = len(blocks), []
+    ids, depth, captured = sample_ids(model), len(blocks), []
+    for kind in ("attention", "mlp"):
+        path, returns = next(iter(layout.branch(kind).items()))
+        if returns.split()[0] not in ("zero", "residual"):
+            return f"without the {kind}, its {path} must return zero, or the residual stream, and not {returns}"
 
     def normed(layer: nn.Module, branch: int, state: Tensor) -> Tensor:
         return layer.get_submodule(layout.norms[branch])(state) if layout.norms else state
 
-    def outputs_without(*branches: dict[str, str], context: Callable[..., Capture] = _bypassed) -> tuple[list[Tensor], Tensor]:
-        """The output of every layer without these branches, and the model's output."""
+    def outputs_without(
+        *branches: dict[str, str], given: Sequence[Tensor], context: Callable[..., Capture] = _bypassed
+    ) -> tuple[list[Tensor], Tensor]:
+        """The output of every layer without these branches for its given input, and the model's output."""
         outputs: list[Tensor] = []
         with ExitStack() as stack:
             for layer in blocks:
                 for branch in branches:
                     if branch is layout.mlp or not has_module(layer, layout.anchor):
                         stack.enter_context(context(layer, branch))
-            with _given_inputs(blocks, inputs, outputs, states[-1]):
+            with _given_inputs(blocks, given, outputs, states[-1]):
                 return outputs, model(ids)[0]
 
     with evaluation_mode(model):
@@ -146,19 +161,26 @@ def find_mismatch(model: nn.Module, blocks: nn.ModuleList, layout: Layout, captu
         if wrong := [i for i, state in enumerate(states) if state.shape != states[0].shape]:
             return f"the state at endpoint {wrong[0]} has shape {tuple(states[wrong[0]].shape)}, not {tuple(states[0].shape)}"
         inputs, middles = states[:-1:2], states[1::2]
-        without_mlp, logits = outputs_without(layout.mlp)
-        without_both, _ = outputs_without(layout.mlp, layout.attention)
+        without_mlp, logits = outputs_without(layout.mlp, given=inputs)
+        without_both, _ = outputs_without(layout.mlp, layout.attention, given=inputs)
         for i, layer in enumerate(blocks):
-            if not _equal(without_mlp[i], normed(layer, 1, middles[i])):
+            if not equal(without_mlp[i], normed(layer, 1, middles[i])):
                 return f"layer {i} without its MLP does not return the stream that came before"
             expected = middles[i] if has_module(layer, layout.anchor) else normed(layer, 0, inputs[i])
-            if not _equal(without_both[i], normed(layer, 1, expected)):
+            if not equal(without_both[i], normed(layer, 1, expected)):
                 return f"layer {i} without both branches does not return the stream that came before"
-        if not _equal(logits, reference):
+        if not equal(logits, reference):
             return "the last state does not give the model's own output"
-        for kind, without in (("MLP", without_mlp), ("attention", outputs_without(layout.attention)[0])):
+        without_attention, _ = outputs_without(layout.attention, given=inputs)
+        for kind, without in (("MLP", without_mlp), ("attention", without_attention)):
             branch = layout.branch("mlp" if kind == "MLP" else "attention")
-            zero, _ = outputs_without(branch, context=_contributing_zero)
-            if wrong := [i for i in range(depth) if not _equal(without[i], zero[i])]:
+            zero, _ = outputs_without(branch, given=inputs, context=contributing_zero)
+            if wrong := [i for i in range(depth) if not equal(without[i], zero[i])]:
                 return f"layer {wrong[0]} without its {kind} differs from the layer whose {kind} contributes zero"
+        # Two branches that read the same state could be taken for each other: only the attention looks at other tokens
+        changed = [torch.cat([-state[:, :1], state[:, 1:]], 1) for state in inputs]
+        others, _ = outputs_without(layout.attention, given=changed)
+        for i, layer in enumerate(blocks):
+            if not has_module(layer, layout.anchor) and not equal(others[i][:, 1:], without_attention[i][:, 1:]):
+                return f"layer {i} without its attention still mixes tokens"
     return None

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,23 +23,51 @@ from .downloads import ModelUnavailable
 SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
-# Weights that a model may leave out without a change of its output: buffers that are computed, further prediction layers, and heads
-# or towers of other tasks
+# Weights that a model may leave out without a change of its output: buffers that are computed, further prediction layers, towers
+# for pictures and sound, and heads of other tasks
 IDLE = re.compile(
-    r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|position_ids$|(^|\.)mtp(\.|_)|nextn|"
-    r"^(\w+\.)?(pooler|cls|classifier|score|qa_outputs|lm_head|vision_tower|vision_model|visual|audio_tower|multi_modal_projector)(\.|$)"
+    r"rotary\w*\.(original_)?(inv_freq|cos_cached|sin_cached)$|\.(attn|attention)\.(masked_)?bias$|\.causal_mask$|position_ids$|"
+    r"(^|\.)mtp(\.|_)|\.nextn|"
+    r"^(\w+\.)?(vision_\w+|visual|audio_\w+|(multi_modal|mm)_projector|connector|embed_(vision|audio)|image_newline)(\.|$)"
+)
+HEADS = re.compile(
+    r"^(\w+\.)?((\w+_)?(classifier|lm_head|predictions)|pooler|cls|score|qa_outputs|v_head|vocab_(transform|projector|layer_norm))(\.|$)"
 )
 
 
-def require_complete(info: dict) -> None:
+def require_complete(info: dict, model: PreTrainedModel) -> None:
     """Refuse weights that do not fit the model: transformers fills gaps with random numbers, ignores the rest, and only warns.
 
+    Args:
+        info: what ``from_pretrained`` returns with ``output_loading_info`` and ``ignore_mismatched_sizes``.
+
     Raises:
-        ModelUnavailable: weights are missing, or the file has weights for which the model has no place.
+        ModelUnavailable: weights are missing or of another shape, or the file has weights for which the model has no place.
     """
+    others = [name for name in info["unexpected_keys"] if not _is_idle(name, model)]
     if missing := sorted(info["missing_keys"]):
-        raise ModelUnavailable(f"{len(missing)} of its weights are missing (the first is {missing[0]}): get a whole copy")
-    require_no_others(name for name in info["unexpected_keys"] if not IDLE.search(name))
+        instead = f", and it has others instead (the first is {sorted(others)[0]})" if others else ""
+        raise ModelUnavailable(f"{len(missing)} of its weights are missing (the first is {missing[0]}){instead}: get a whole copy")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise ModelUnavailable(
+            f"{len(mismatched)} of its weights have another shape than its config says (the first is {name}: {tuple(found)}, not "
+            f"{tuple(wanted)}): correct its config.json"
+        )
+    require_no_others(others)
+
+
+def _is_idle(name: str, model: PreTrainedModel) -> bool:
+    """Whether the model gives the same output without this weight of its file, for which it has no place."""
+    config = model.config.get_text_config(decoder=True)
+    layer, depth = re.search(r"(?:^|\.)layers\.(\d+)\.", name), getattr(config, "num_hidden_layers", 0)
+    if layer and depth <= int(layer[1]) < depth + (getattr(config, "num_nextn_predict_layers", 0) or 0):
+        return True  # of DeepSeek and GLM, whose prediction layers follow the others
+    if IDLE.search(name):
+        return True
+    parents = [name.rsplit(".", end)[0] for end in range(1, name.count(".") + 1)]
+    has_layer = any(part._parameters for path, part in model.named_modules() if path in parents)  # a bias or scale of one it has
+    return bool(HEADS.search(name)) and not has_layer
 
 
 def require_no_others(names: Iterable[str]) -> None:
@@ -73,18 +102,20 @@ def convert(name: str, path: Path, out: Path) -> None:
     Raises:
         ModelUnavailable: the file is cut or no GGUF, or the installed transformers does not know what is in it.
     """
-    with quiet_transformers(), _dequantising(name):
+    with quiet_transformers(), _dequantising(name), tempfile.TemporaryDirectory() as alone:
+        link = Path(alone) / "model.gguf"
+        link.symlink_to(path.resolve())  # beside other files, transformers would take the tokenizer from them
         try:
             reader = GGUFReader(path)
             quantised, info = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+                alone, gguf_file=link.name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-            require_complete(info)
+            require_complete(info, quantised)
             require_no_others(_unread(reader, quantised))
             config = _config(reader, quantised.config)
-            tokenizer = _tokenizer(reader, path)
+            tokenizer = _tokenizer(reader, link)
         except Exception as error:  # an unknown architecture, a cut file, no GGUF at all: a dozen kinds
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = " ".join(str(error).split())[:600] or type(error).__name__
             raise ModelUnavailable(f"{name} cannot be read as GGUF ({reason}): get a whole copy, or another format") from error
         with torch.device("meta"):  # no second copy of the weights
             plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -95,12 +126,13 @@ def convert(name: str, path: Path, out: Path) -> None:
 
 
 def _unread(reader: GGUFReader, model: PreTrainedModel) -> Iterator[str]:
-    """The biases and layers of the file that the model has no place for: transformers skips tensors that it does not know."""
-    blocks = model.config.get_text_config(decoder=True).num_hidden_layers
-    has_bias = any(name.endswith("bias") for name, _ in model.named_parameters() if "norm" not in name)
+    """The tensors of the file that the model has no place for: transformers skips those that it does not know."""
+    library = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    family = _field(reader, "general.architecture")
+    processor = library.TENSOR_PROCESSORS.get(family, library.TensorProcessor)(config=model.config.to_dict())
+    places = {"rope_freqs.weight", *library.get_gguf_hf_weights_map(model, processor)}  # `_config` reads the rotary frequencies
     for tensor in reader.tensors:
-        layer = re.match(r"blk\.(\d+)\.", tensor.name)
-        if layer and (int(layer[1]) >= blocks or (tensor.name.endswith(".bias") and "norm" not in tensor.name and not has_bias)):
+        if not {tensor.name, tensor.name.removesuffix(".weight")} & places:  # experts that are joined have no suffix in the map
             yield tensor.name
 
 

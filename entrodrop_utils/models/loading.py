@@ -57,8 +57,9 @@ def load_model(
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     where, spread = _device(device), known.get("device_map") if device == "auto" else None
     path = folder(name)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise ModelUnavailable(f"{name} holds an adapter and no model: merge it (merge_and_unload of peft) and save the result")
+    if (path / "adapter_config.json").is_file():
+        what = "an adapter beside its model" if (path / "config.json").is_file() else "an adapter and no model"
+        raise ModelUnavailable(f"{name} holds {what}: merge them (merge_and_unload of peft) and save the result")
     if not any(path.glob("*.safetensors")):
         pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern)]
         reason = f"has its weights as a pickle ({pickles[0]}), which can run code when read" if pickles else "holds no safetensors"
@@ -70,6 +71,10 @@ def load_model(
         except Exception as error:  # transformers raises a dozen kinds
             if "trust_remote_code" in str(error):
                 reason = "it needs Python code from its own repository, which is never run here"
+            elif "above report" in str(error):  # which is not shown
+                reason = (
+                    "weights that are joined, such as those of experts, are not as many or not of the shape that its config says"
+                )
             else:
                 reason = " ".join(str(error).split())[:600] or type(error).__name__
             raise ModelUnavailable(
@@ -100,9 +105,15 @@ def _read(path: Path, **placed) -> PreTrainedModel:
         return load_pruned(path, **placed)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     model, info = _family(config).from_pretrained(
-        path, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **placed
+        path,
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **placed,
     )
-    require_complete(info)
+    require_complete(info, model)
     return model
 
 

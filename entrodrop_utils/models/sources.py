@@ -36,7 +36,7 @@ def folder(name: str, verify: bool = False) -> Path:
     if name not in KNOWN and path.is_dir():
         return path
     if name not in KNOWN and path.is_file():
-        stamp = _stamp(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
+        stamp = _stamp("alone", path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
         return _made(f"{path.stem}-{stamp[:12]}", stamp, lambda partial, out: convert(name, path.resolve(), out), verify)
     known = KNOWN.get(name, {})
     return from_hub(name, known.get("hub", name), known.get("megabytes"))
@@ -58,7 +58,7 @@ def _stamp(*parts: object) -> str:
 
 def _whole(made: Path, source: str, verify: bool = False) -> bool:
     """Whether a folder was made from this source and has every file of its manifest."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged manifest is any JSON, or none
         manifest = json.loads((made / MANIFEST).read_text())
         files = [(made / file, size, digest) for file, (size, digest) in manifest["files"].items()]
         sound = (file.stat().st_size == size and (not verify or sha256(file) == digest) for file, size, digest in files)
@@ -88,7 +88,7 @@ def _made(name: str, source: str, make: Callable[[Path, Path], None], verify: bo
             _clear(partial)
 
     try:
-        return made if _whole(made, source, verify) else build_once(made, build, lambda: _whole(made, source, verify))
+        return build_once(made, build, lambda: _whole(made, source, verify))
     except ModelUnavailable:
         raise
     except Exception as error:  # safetensors has its own error for a full disk

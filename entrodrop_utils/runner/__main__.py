@@ -7,7 +7,7 @@ import nbformat
 
 from ..profile import DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT
 from .checks import available, problems
-from .run import reproduce
+from .run import reason_of, reproduce
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     try:
         return reproduce(args.model, args.size, args.text, args.seed, args.only, args.set)
     except (ValueError, OSError) as error:  # an OSError: build or data cannot be written
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {reason_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: the committed files are unchanged, and the next run starts this notebook again", file=sys.stderr)

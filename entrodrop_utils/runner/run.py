@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shlex
 import shutil
 import sys
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,13 +20,17 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 
 from ..claims import join_claims
+from ..files import replacing
 from ..models import KNOWN, check_model
 from ..paths import BUILD, FIGURES, NOTEBOOKS, RESULTS, ROOT, SIZES
-from ..profile import DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, OUTPUT, Profile, short_hash, slug
+from ..profile import DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, OUTPUT, Profile, plain_name, short_hash
 from ..progress import HEADLESS
 from ..text import check_text
 from .checks import available, cleaned, problems
 from .index import update_index, write_notebook
+
+# How torch, CUDA, MPS and numpy say that memory ran out
+MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) allocate")
 
 
 def chosen_notebooks(only: str) -> list[Path]:
@@ -77,7 +82,12 @@ def parse_settings(settings: str) -> dict[str, object]:
 
 def notebook_parameters(notebook: Path) -> list[str]:
     """The names of a notebook's parameters."""
-    return list(papermill.inspect_notebook(str(notebook)))
+    return list(papermill.inspect_notebook(_literal(notebook)))
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which would put parameters into braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def execute(notebook: Path, parameters: dict[str, object], output: Path) -> nbformat.NotebookNode:
@@ -93,8 +103,8 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> nbfo
     run = output / notebook.name
     with patch.dict(os.environ, {OUTPUT: str(output)}):
         papermill.execute_notebook(
-            str(notebook),
-            str(run),
+            _literal(notebook),
+            _literal(run),
             parameters,
             kernel_name="python3",
             cwd=str(ROOT),
@@ -105,15 +115,19 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> nbfo
 
 
 def move_into_place(profile: Profile, rendered: Path) -> list[Path]:
-    """Move a run's files from its own folder to where they belong, one by one, each in one step; returns their folders."""
+    """Move a run's files from its own folder to where they belong; returns their folders.
+
+    All are copied before the first is replaced, each in one step, so a full disk leaves what was there; the folders may be on
+    different disks.
+    """
     notebooks = NOTEBOOKS if is_default(profile) else BUILD / profile.folder
     moves = [([rendered], notebooks)]
     for kind, target in (("results", RESULTS), ("figures", FIGURES)):
         moves.append((sorted((profile.output_folder / kind / profile.folder).glob("*")), target / profile.folder))
-    for files, target in moves:
-        for file in files:
-            target.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target / file.name)
+    with ExitStack() as stack:
+        for files, target in moves:
+            for file in files:
+                shutil.copyfile(file, stack.enter_context(replacing(target / file.name)))
     join_claims(RESULTS / profile.folder)
     return [(notebooks / rendered.name).relative_to(ROOT), *(target.relative_to(ROOT) for files, target in moves[1:] if files)]
 
@@ -138,9 +152,9 @@ def run_parameters(model: str, size: str, text: str, seed: int, settings: str, n
     if reserved := sorted(set(own) & {"model", "size", "text", "seed", "output"}):
         raise ValueError(f"{reserved[0]} is not a setting: use {reserved[0].upper()}=... of make reproduce")
     parameters = size_parameters(size) | own
-    if own:
+    if own or "-" in size:  # without a hash, `default-code` would name the default size with the text `code` too
         content = " ".join(f"{name}={value}" for name, value in sorted(own.items()))
-        parameters["size"] = f"{size}-{slug(content)[:60]}-{short_hash(content)}"
+        parameters["size"] = f"{size}-{plain_name(content)[:60]}-{short_hash(content)}" if own else f"{size}-{short_hash(size)}"
     wanted = {"model": _absolute(model, KNOWN), "text": _absolute(text), "seed": seed}
     defaults = {"model": DEFAULT_MODEL, "text": DEFAULT_TEXT, "seed": 0}
     return parameters | {name: value for name, value in wanted.items() if value != defaults[name]}
@@ -155,53 +169,70 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
     notebooks = chosen_notebooks(only)
     parameters = run_parameters(model, size, text, seed, settings, notebooks)
     BUILD.mkdir(parents=True, exist_ok=True)
-    report, failed = [], False
+    identity = {name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters}
+    default, report = is_default(Profile(**identity)), []
     for number, notebook in enumerate(notebooks, 1):
-        stage = Path(tempfile.mkdtemp(prefix="run-", dir=BUILD))
-        identity = {name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters}
-        profile = Profile(**identity, output=str(stage))
-        print(f"[{number}/{len(notebooks)}] {notebook.stem} ({profile.folder})", flush=True)
-        start = time.monotonic()
+        print(f"[{number}/{len(notebooks)}] {notebook.stem} ({Profile(**identity).folder})", flush=True)
+        start, before, stage = time.monotonic(), _most_memory(), None
         try:
+            stage = Path(tempfile.mkdtemp(prefix="run-", dir=BUILD))
             known = notebook_parameters(notebook)
             with _shown_in_terminal(stage / "progress"):
                 result = execute(notebook, {name: value for name, value in parameters.items() if name in known}, stage)
-            if is_default(profile) and (wrong := problems(result)):  # other runs are not committed
+            if default and (wrong := problems(result)):  # other runs are not committed
                 raise RuntimeError(f"the rendered notebook cannot be committed: {'; '.join(wrong)}")
             write_notebook(result, stage / notebook.name)
-            folders = ", ".join(map(str, move_into_place(profile, stage / notebook.name)))
-            shutil.rmtree(stage)
-            report.append((notebook.stem, "done", time.monotonic() - start, folders))
-        except KeyboardInterrupt:
+            folders = move_into_place(Profile(**identity, output=str(stage)), stage / notebook.name)
             shutil.rmtree(stage, ignore_errors=True)
+            report.append((notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders))))
+        except KeyboardInterrupt:
+            if stage:
+                shutil.rmtree(stage, ignore_errors=True)
             raise
-        except (papermill.PapermillExecutionError, RuntimeError, ValueError, OSError) as error:
-            failed = True  # the half-run notebook stays in its folder; the others are run
-            place = stage.relative_to(ROOT) / notebook.name
-            report.append((notebook.stem, "FAILED", time.monotonic() - start, f"{place} ({_reason(error)})"))
-    if not failed and is_default(profile):
-        update_index()
+        except Exception as error:  # of the notebook, papermill, the kernel or the machine: a dozen kinds; the others are run
+            reason = reason_of(error, held if (held := _most_memory()) > before else 0)
+            half_run = f"{stage.relative_to(ROOT) / notebook.name} ({reason})" if stage else reason  # it stays there
+            report.append((notebook.stem, "FAILED", time.monotonic() - start, half_run))
     width = max(len(row[0]) for row in report)
     for name, status, seconds, where in report:
         print(f"{name:{width}}  {status:6}  {seconds / 60:5.1f} min  {where}")
+    failed = any(status == "FAILED" for _, status, *_ in report)
+    if default and not failed:
+        update_index()
     return int(failed)
 
 
-def _reason(error: Exception) -> str:
-    """One sentence about a failed run."""
+def _most_memory() -> int:
+    """Bytes in memory of the largest process that was started here and has ended; at least those of this process."""
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    return most * (1 if sys.platform == "darwin" else 1024)
+
+
+def reason_of(error: Exception, held: int = 0) -> str:
+    """One sentence about a failed run.
+
+    Args:
+        held: bytes in memory of its kernel; 0 where they are not known.
+    """
+    advice = "close other programs, or use a smaller model or SIZE"
     if isinstance(error, DeadKernelError):
-        return "its kernel died, most likely for lack of memory: close other programs, or use a smaller model or SIZE"
+        most = f", of which it had {held / 1e9:.1f} GB" if held else ""
+        return f"its kernel died, most likely for lack of memory{most}: {advice}"
     if isinstance(error, papermill.PapermillExecutionError):
-        return f"{error.ename}: {' '.join(str(error.evalue).split())}"
+        said = " ".join(str(error.evalue).split())
+        if MEMORY.search(f"{error.ename} {said}"):
+            return f"there was too little memory ({'. '.join(said.split('. ')[:2]).rstrip('.') or error.ename}): {advice}"
+        return f"{error.ename}: {said}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    said = " ".join(str(error).split())
+    return said if said and isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {said}"
 
 
 def _absolute(name: str, registered: dict | tuple = ()) -> str:
     """A file or folder as an absolute path: notebooks do not run where make was called."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() and name not in registered else name
+    return os.path.abspath(path) if path.exists() and name not in registered else name  # a link of a hub cache keeps its own name
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from ..layerwise import DropSet, set_name
 from ..residual import SubBlock
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
-from ..statistics import Interval, comparison, ends
+from ..statistics import Interval, comparison, ends, interval_text
 from ..tasks.local_tasks import task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
 from .methods import RANDOM, Choice, Method, drop_order, drop_sets, losses_of, with_labels
@@ -165,11 +165,6 @@ def mean_rows(accuracy: pd.DataFrame) -> pd.DataFrame:
     return with_labels(means.assign(first_token=True))
 
 
-def interval_text(table: pd.DataFrame, columns: Sequence[str], spec: str) -> list[str]:
-    """Estimate, low and high of every row as one text, ``67% [56%, 78%]``."""
-    return [f"{Interval(*values):{spec}}" for values in table[list(columns)].itertuples(index=False)]
-
-
 def retention_table(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Mean accuracy and both retentions with their intervals, as text: a row per kind, number dropped and method."""
     means = mean_rows(accuracy)
@@ -215,7 +210,7 @@ def accuracy_points(retention: Retention, sets: Sequence[DropSet], reference: Se
     return Interval(*(float(value * points) for value in retention_difference(retention, sets, reference)))
 
 
-def compared_with(retention: Retention, choices: Mapping[Choice, DropSet], reference: Method) -> pd.DataFrame:
+def accuracy_differences(retention: Retention, choices: Mapping[Choice, DropSet], reference: Method) -> pd.DataFrame:
     """Every method against the reference at the same kind and count.
 
     Returns:

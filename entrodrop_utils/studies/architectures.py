@@ -49,14 +49,14 @@ VOCABULARY = 1000  # of the untrained models
 # Curves
 
 
-def entropy_metrics(bins: int = 20, k: int = 25) -> dict[Entropy, Metric]:
+def bucket_and_knn(bins: int = 20, k: int = 25) -> dict[Entropy, Metric]:
     """The bucket and the KNN estimate, of all tokens and without the first one."""
     return first_token_variants({name: configured(name, bins=bins, k=k) for name in ("bucket", "knn")})
 
 
 def ranking_metrics(bins: int = 20, k: int = 25) -> dict[Entropy, Metric]:
     """The same, and cosine."""
-    return entropy_metrics(bins, k) | {("cosine", True): METRICS["cosine"]}
+    return bucket_and_knn(bins, k) | {("cosine", True): METRICS["cosine"]}
 
 
 def is_causal(model: PreTrainedModel, window: Int[Tensor, "1 token"]) -> bool:

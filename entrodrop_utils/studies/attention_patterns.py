@@ -115,7 +115,7 @@ def pattern_columns(variants: pd.DataFrame) -> pd.DataFrame:
     return table.pivot_table(index="name", columns="attention", values="shown", aggfunc="first", sort=False)
 
 
-def summary(variants: pd.DataFrame) -> list[str]:
+def pattern_sentences(variants: pd.DataFrame) -> list[str]:
     """Sentences: the fall of bucket entropy and the loss under each attention pattern; none for an empty table."""
     if variants.empty:
         return []

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..claims import COLUMNS, claim
 from ..entropy import ESTIMATORS
-from ..figures import COLOURS, MARKERS, log_scale, panels
+from ..figures import COLOURS, MARKERS, log_axis, panels
 from ..layerwise import DropSet
 from ..residual import KINDS
 from ..similarity import SIMILARITIES
@@ -36,11 +36,6 @@ def all_methods(n_random: int) -> list[Method]:
 def is_method(table: pd.DataFrame, methods: Sequence[Method]) -> pd.Series:
     """Whether each row of a table with the method's columns belongs to one of these methods."""
     return pd.Series(pd.MultiIndex.from_frame(table[METHOD_COLUMNS]).isin(methods), table.index)
-
-
-def interval_text(table: pd.DataFrame, estimate: str, spec: str = ".2f") -> list[str]:
-    """The columns ``estimate``, low and high of every row as text, ``0.31 [0.26, 0.36]``."""
-    return [f"{Interval(*values):{spec}}" for values in table[[estimate, "low", "high"]].itertuples(index=False)]
 
 
 def rank_agreement(scores: pd.DataFrame, reference: str = "cosine", seed: int = 0) -> pd.DataFrame:
@@ -77,10 +72,12 @@ def cost_figure(pruning: pd.DataFrame, shown: Sequence[Method]) -> Figure:
         for method in shown:
             rows = of_kind[is_method(of_kind, [method])]
             dash = DASHES.get(method.rule) or DASHES.get(method.metric, "-")
-            colour, marker = COLOURS[method.metric], MARKERS[method.metric]
-            axis.plot(rows.n_dropped, rows.increase, dash, color=colour, marker=marker, label=method.label)
+            colour = COLOURS[method.metric]
+            look = {"color": colour, "marker": MARKERS[method.metric], "label": method.label}
+            face = "white" if method.rule == "two-stage" else colour
+            axis.plot(rows.n_dropped, rows.increase, dash, markerfacecolor=face, **look)
         axis.set(title=kind.replace("mlp", "MLP"), xlabel="number dropped", xticks=sorted(set(of_kind.n_dropped)))
-        log_scale(axis)
+        log_axis(axis)
     axes[0].set_ylabel("loss increase (nats per token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

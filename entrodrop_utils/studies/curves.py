@@ -12,11 +12,6 @@ from ..figures import band
 from ..statistics import Interval, bootstrap_means, verdict
 
 VERDICTS = ("does not hold", "inconclusive", "holds")  # from the worst to the best
-VERBS = {
-    "holds": "falls and then rises",
-    "inconclusive": "does not clearly fall and then rise",
-    "does not hold": "does not fall and then rise",
-}
 VARIANTS = (  # label, first_token, weights, dash, colour ("": the estimator's)
     ("all tokens", True, "trained", "-", ""),
     ("without the first token", False, "trained", "--", "#000000"),
@@ -77,6 +72,14 @@ def stage_table(curves: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFr
     """The stages of every curve in the table of ``entropies``: *by, boundary, fall, rise (Intervals), verdict."""
     rows = [(*labels, *stages(curve_matrix(rows), seed)) for labels, rows in curves.groupby(by, sort=False)]
     return pd.DataFrame(rows, columns=[*by, *Stages._fields])
+
+
+def shape_of(fall: Interval, rise: Interval) -> str:
+    """What a curve with these stages does, as the predicate of a sentence."""
+    verdicts = [verdict(stage.low, stage.high) for stage in (fall, rise)]
+    if "does not hold" in verdicts:
+        return f"has no {('falling', 'rising')[verdicts.index('does not hold')]} stage"
+    return "does not clearly fall and then rise" if "inconclusive" in verdicts else "falls and then rises"
 
 
 def scale_and_shape(entropy: Float[np.ndarray, "endpoint"], scale: Float[np.ndarray, "endpoint"]) -> pd.DataFrame:

@@ -191,6 +191,15 @@ def card_table(profile: Profile, size: str) -> pd.DataFrame:
     return table[["card", "shots", "protocol", "measured", "stderr", "difference", "task_metric", "chance", "n"]]
 
 
+def card_sentence(table: pd.DataFrame) -> str:
+    """How many accuracies in the table of ``card_table`` agree with the card."""
+    n_compared = int(table.difference.notna().sum())
+    if not n_compared:
+        return "No accuracy of the model card was measured."
+    n_close = int((table.difference.abs() <= 2 * table.stderr).sum())
+    return f"{n_close} of the {n_compared} accuracies that were measured are within two standard errors of the model card."
+
+
 def _dense_accuracies(profile: Profile, size: str) -> pd.DataFrame:
     """The accuracy of the dense model on every task, normalised by length where the task has that: a row per task (index)."""
     table = profile.committed("04_accuracy.csv", size)
@@ -359,7 +368,7 @@ def sub_block_name(row: pd.Series) -> str:
     return f"{KIND_NAMES[row.kind]} {row.layer}"
 
 
-def finding(name: str, text: str, bits: pd.DataFrame, depth: pd.DataFrame) -> str:
+def model_finding(name: str, text: str, bits: pd.DataFrame, depth: pd.DataFrame) -> str:
     """The finding as a sentence: bits per byte of held-out text, or for an encoder its costliest sub-block."""
     predictors = bits[bits.text == text].set_index("predictor")
     if name not in predictors.index:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..evaluation import perplexity
+from ..evaluation import Estimate, perplexity
 from ..figures import panels
 from ..progress import progress
 from ..statistics import Interval, bootstrap_means, ends
@@ -78,30 +78,35 @@ def grid_table(model: PreTrainedModel, formats: dict[str, str], steps: Steps) ->
 def obstacle(model: PreTrainedModel, formats: dict[str, str]) -> str:
     """Why the cost of rounding cannot be estimated for this model; empty where it can."""
     if not model.can_generate():
-        return "has no language-modelling head, so its rounding error has no loss"
-    return "" if set(formats.values()) - {NO_GRID} else "has no matrix on a known grid, so no rounding error is estimated"
+        return "has no language-modelling head, so the cost of rounding is not measured"
+    return "" if set(formats.values()) - {NO_GRID} else "has no matrix on a known grid, so the cost of rounding is not measured"
 
 
 def noise_increases(
-    model: PreTrainedModel, held_out: Int[Tensor, "window token"], steps: Steps, doses: Sequence[float], seed: int = 0
+    model: PreTrainedModel,
+    held_out: Int[Tensor, "window token"],
+    loss: Estimate,
+    steps: Steps,
+    doses: Sequence[float],
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Loss increase with added rounding noise, in nats per token: one row per window, one column per dose.
 
-    A dose of 1 has the variance of the file's own rounding. Each value is the mean over the noise and its negative.
+    A dose of 1 has the variance of the file's own rounding. Each value is the mean over the noise and its negative. ``loss`` is the
+    model's own on the same windows.
     """
-    reference, columns = perplexity(model, held_out).per_window, {}
+    columns = {}
     for dose in doses:
         copies = (noisy_copy(model, steps, sign * dose**0.5, seed) for sign in (1, -1))
-        columns[dose] = np.mean([perplexity(changed, held_out).per_window for changed in copies], 0) - reference
+        columns[dose] = np.mean([perplexity(changed, held_out).per_window for changed in copies], 0) - loss.per_window
     return pd.DataFrame(columns)
 
 
 def rounding_increases(
-    model: PreTrainedModel, held_out: Int[Tensor, "window token"], formats: dict[str, str], block_shift: int
+    model: PreTrainedModel, held_out: Int[Tensor, "window token"], loss: Estimate, formats: dict[str, str], block_shift: int
 ) -> Float[np.ndarray, "window"]:
     """Loss increase of every window after a second rounding, in blocks that start ``block_shift`` weights later."""
-    changed = rounded_copy(model, formats, block_shift)
-    return perplexity(changed, held_out).per_window - perplexity(model, held_out).per_window
+    return perplexity(rounded_copy(model, formats, block_shift), held_out).per_window - loss.per_window
 
 
 def parabola(doses: Sequence[float], increases: Float[np.ndarray, "*rest dose"]) -> Float[np.ndarray, "*rest 2"]:

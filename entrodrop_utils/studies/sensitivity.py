@@ -183,7 +183,7 @@ def drop_orders(scores: pd.DataFrame, protected: Sequence[int], n: int) -> dict[
     return orders | {Setting("rule", "two-stage", name): two_stage(groups[reference_of(name)], name, KIND) for name in entropies}
 
 
-def drop_sets(orders: Orders, n: int) -> dict[Setting, DropSet]:
+def sets_of_size(orders: Orders, n: int) -> dict[Setting, DropSet]:
     """The first ``n`` of every order that has as many."""
     return {setting: tuple(sorted(order[:n])) for setting, order in orders.items() if len(order) >= n}
 

@@ -66,7 +66,7 @@ def headline(agreement: pd.DataFrame, sizes: Iterable[str], seed: int = 0) -> st
     )
 
 
-def summary(agreement: pd.DataFrame) -> list[str]:
+def size_sentences(agreement: pd.DataFrame) -> list[str]:
     """Sentences: the agreement of each model."""
     lines = []
     for model, rows in agreement.groupby("model", sort=False):

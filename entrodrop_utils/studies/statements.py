@@ -111,7 +111,7 @@ def statement_table(statements: pd.DataFrame) -> pd.DataFrame:
     return table.astype(object).fillna("not measured")
 
 
-def summary(statements: pd.DataFrame) -> list[str]:
+def statement_sentences(statements: pd.DataFrame) -> list[str]:
     """Sentences: how many statements hold for each family, and which hold for every family or for none."""
     verdicts = statements.pivot_table(index="claim", columns="family", values="verdict", aggfunc="first", sort=False)
     counts = [f"{(column == 'holds').sum()} of {column.count()} for {family}" for family, column in verdicts.items()]

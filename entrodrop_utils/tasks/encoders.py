@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..dropping import dropped
 from ..families.self_check import measuring
 from ..progress import progress
-from ..residual import SubBlock
+from ..residual import SubBlock, check_tokens
 
 
 def halves(windows: Int[Tensor, "window token"], first: int | None, last: int | None) -> Int[Tensor, "half marked"]:
@@ -27,6 +27,7 @@ def halves(windows: Int[Tensor, "window token"], first: int | None, last: int | 
 @measuring
 def embed(model: PreTrainedModel, ids: Int[Tensor, "sentence token"]) -> Float[Tensor, "sentence dim"]:
     """Mean of the last states of each sentence, of length one."""
+    check_tokens(model, ids)
     mean = model.base_model(ids.to(model.device)).last_hidden_state.double().mean(1)
     return torch.nn.functional.normalize(mean, dim=-1).cpu()
 

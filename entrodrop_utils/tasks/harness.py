@@ -93,7 +93,7 @@ def evaluate_task(lm: PrunedLM, name: str, limit: int | None = None, own: str = 
         try:
             loaded = _manager(own).load([name])
         except Exception as error:  # datasets and the hub raise a dozen kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = " ".join(str(error).split())[:600] or type(error).__name__
             raise TaskUnavailable(f"the data of {name} cannot be had here ({reason})") from error
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)

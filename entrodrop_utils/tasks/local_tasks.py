@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import yaml
 
 from .. import text
 from ..files import build_once
+from ..models.downloads import sha256
 from ..paths import TASKS
 from ..progress import progress
 from ..text import corpus, harvest
 from . import items as items_module
 from .items import MOST_ITEMS, TEMPLATES, Item, continuations, last_words, pairs, phenomena, repetitions, signatures
 
-COMPLETE = "complete"  # a file that is written last
+COMPLETE = "complete"  # a file that is written last, with the hash of every other file
 GRAM = 13  # consecutive words that no item shares with calibration or validation text
 
 
@@ -70,12 +72,20 @@ def build_tasks() -> Path:
     sources = [TEMPLATES, *(Path(module) for module in (harvest.__file__, corpus.__file__, items_module.__file__, __file__))]
     made_of = harvest.harvested("docs").name.encode() + b"".join(path.read_bytes() for path in sources)
     stamp = hashlib.sha256(made_of).hexdigest()[:12]
-    return build_once(TASKS / stamp, write_tasks, lambda: (TASKS / stamp / COMPLETE).is_file())
+    return build_once(TASKS / stamp, write_tasks, lambda: _is_whole(TASKS / stamp))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder has every file that was written, as it was written."""
+    with suppress(OSError, ValueError, AttributeError):
+        hashes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        return all(sha256(folder / name) == digest for name, digest in hashes.items())
+    return False
 
 
 def write_tasks(folder: Path) -> None:
     """All tasks, their items in an order that makes the first n a fair sample."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     others = [document for part in ("calibration", "validation") for _, document in text.documents("docs", part)]
     leaks = {gram for document in progress(others, "reading the text that tasks must not share") for gram in grams(document)}
     makers = {
@@ -99,7 +109,8 @@ def write_tasks(folder: Path) -> None:
     }
     write_yaml(folder / "minimal_pairs.yaml", group)
     (folder / "rows.py").write_text(READER, encoding="utf-8")
-    (folder / COMPLETE).touch()
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / COMPLETE).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
 
 
 def task_settings(name: str) -> dict:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
@@ -29,6 +29,10 @@ HUB = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
 }
 MOST_DOCUMENTS = 20_000
+GZIP = b"\x1f\x8b"  # how a gzip file begins
+BLANK = re.compile(r"(?m)^[^\S\n]+$")
+# Pieces of a long text: they end with a line, else with a word, else anywhere
+PIECES = re.compile(rf"(?s).{{{PIECE}}}.{{0,{PIECE}}}?(?:\n|\Z)|.{{{PIECE}}}.{{0,{PIECE}}}?\s|.{{{2 * PIECE}}}|.+")
 
 
 def check_text(source: str) -> None:
@@ -123,10 +127,17 @@ def belongs_to(key: str, part: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % 10 in SHARES[part]
 
 
-@lru_cache(maxsize=8)
 def documents(source: str, part: str) -> tuple[tuple[str, str], ...]:
     """(key, text) of the documents of one part, without paragraphs that an earlier document, of any part, already had."""
     check_text(source)
+    path = Path(source).expanduser()
+    version = (path.resolve(), path.stat().st_mtime_ns, path.stat().st_size) if source not in (*OWN, *HUB) and _format(path) else ()
+    return _documents_of(source, part, *version)
+
+
+@lru_cache(maxsize=8)
+def _documents_of(source: str, part: str, *version: object) -> tuple[tuple[str, str], ...]:
+    """The documents, read once for each version of a file."""
     seen: set[bytes] = set()
     kept: list[tuple[str, str]] = []
     for key, document in _documents(source):
@@ -145,21 +156,34 @@ def _documents(source: str) -> Iterator[tuple[str, str]]:
     """(key, text) of every document; documents with one key go into the same part."""
     path = Path(source).expanduser()
     if source in OWN:
-        for item in json.loads(harvested(source).read_text(encoding="utf-8")):
-            yield item["file"], item["text"]
-    elif _format(path) == "txt":
-        for document in _paragraphs(_read_text(path)):
-            yield document, document
+        yield from ((item["file"], item["text"]) for item in json.loads(harvested(source).read_text(encoding="utf-8")))
+        return
+    if source not in HUB and _format(path) == "txt":
+        found = _paragraphs(_read_text(path))
     else:
-        rows = _json_rows(path) if _format(path) == "jsonl" else _hub_rows(source)
-        for number, row in enumerate(islice(rows, MOST_DOCUMENTS), 1):
-            if not isinstance(row, dict) or "text" not in row:
-                columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"row {number} of {source} has no column `text`, only {columns or 'nothing'}")
-            if row["text"] is not None and not isinstance(row["text"], str):
-                raise ValueError(f"row {number} of {source} has a `text` of type {type(row['text']).__name__}: it must be a string")
-            if row["text"] and row["text"].strip():
-                yield row["text"], row["text"]
+        rows = _hub_rows(source) if source in HUB or not _format(path) else _json_rows(path)
+        found = (_plain(_text_of(row, f"{place} of {source}")) for place, row in islice(rows, MOST_DOCUMENTS))
+    yield from ((document, document) for document in found if document.strip())
+
+
+def _text_of(row: object, place: str) -> str:
+    """The text of a row; empty where it is null.
+
+    Raises:
+        ValueError: the row has no text, with its place.
+    """
+    if not isinstance(row, dict) or "text" not in row:
+        has = f"only {', '.join(row) or 'nothing'}" if isinstance(row, dict) else f"it is of type {type(row).__name__}"
+        raise ValueError(f"{place} has no column `text`, {has}")
+    if row["text"] is not None and not isinstance(row["text"], str):
+        raise ValueError(f"{place} has a `text` of type {type(row['text']).__name__}: it must be a string")
+    return row["text"] or ""
+
+
+def _plain(text: str) -> str:
+    """A text whose lines end in one way, whose blank lines are empty, and whose half characters (of cut emoji) are replaced."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").encode(errors="replace").decode()
+    return BLANK.sub("", text)
 
 
 def _format(path: Path) -> str | None:
@@ -169,43 +193,43 @@ def _format(path: Path) -> str | None:
 
 
 def _read_text(path: Path) -> str:
-    """A file as text: UTF-8, or UTF-16 with a byte-order mark.
+    """A file as text: UTF-8, or UTF-16 with a byte-order mark; decompressed, whatever its name, if it is a gzip file.
 
     Raises:
-        ValueError: another encoding, or an empty file.
+        ValueError: another encoding, an empty or damaged file, or no text.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(GZIP) else content
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"the text {path} cannot be read ({error}): get a whole copy") from error
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = "UTF-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "UTF-8"
     try:
-        text = content.decode(encoding)
+        text = content.decode(encoding).replace("\ufeff", "")  # byte-order marks, of which files that were joined have several
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"the text {path} is not {encoding.removesuffix('-sig').upper()} (byte {error.start}): convert it, as in "
-            "iconv -f latin1 -t utf-8"
+            f"the text {path} is not {encoding} (byte {error.start}): convert it to UTF-8, as in iconv -f latin1 -t utf-8"
         ) from error
+    if "\0" in text:
+        raise ValueError(f"the text {path} holds zero bytes: it is no text, or UTF-16 without a mark, so convert it to UTF-8")
     if not text.strip():
         raise ValueError(f"the text {path} is empty")
-    return text.replace("\r\n", "\n")
+    return text
 
 
-def _paragraphs(text: str) -> list[str]:
-    """The documents of a plain text, which blank lines separate; pieces of ``PIECE`` characters where it has no blank line."""
-    documents = [document for document in re.split(r"\n[^\S\n]*\n", text) if document.strip()]
-    if len(documents) > 1:
-        return documents
-    pieces, lines = [""], text.splitlines(keepends=True)
-    for line in lines:
-        pieces[-1] += line
-        if len(pieces[-1]) >= PIECE:
-            pieces.append("")
-    return [piece.strip() for piece in pieces if piece.strip()]
+def _paragraphs(text: str) -> Iterator[str]:
+    """The documents of a plain text, which blank lines separate.
+
+    One with more than a tenth of the text, such as a book without blank lines, is cut into pieces of ``PIECE`` characters: a whole
+    one would leave the parts without text. A piece ends with a line, or with a word where lines are long.
+    """
+    text = _plain(text)
+    for document in text.split("\n\n"):
+        yield from PIECES.findall(document) if len(document) > max(len(text) / 10, 2 * PIECE) else [document]
 
 
-def _json_rows(path: Path) -> Iterator[object]:
-    """The rows of a .jsonl file; blank lines are skipped.
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """The place and content of every row of a .jsonl file; blank lines are skipped.
 
     Raises:
         ValueError: a line that is not JSON, with its number.
@@ -213,8 +237,8 @@ def _json_rows(path: Path) -> Iterator[object]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} of {path} is not JSON ({error}): correct it, or remove it if it is cut") from error
 
 
@@ -232,12 +256,13 @@ def quiet_datasets() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _hub_rows(source: str) -> Iterable[dict]:
-    """The rows of a dataset of the hub."""
+def _hub_rows(source: str) -> Iterator[tuple[str, object]]:
+    """The place and content of every row of a dataset of the hub, some of which come only while they are read."""
     name, config, split = HUB.get(source, (source, None, "train"))
     with quiet_datasets():
         try:
-            return load_dataset(name, config, split=split, streaming=name == "allenai/c4")
+            for number, row in enumerate(load_dataset(name, config, split=split, streaming=name == "allenai/c4"), 1):
+                yield f"row {number}", row
         except Exception as error:  # the datasets library raises a dozen kinds
             raise ValueError(
                 f"the text {source} could not be loaded ({' '.join(str(error).split())[:300]}); a dataset of the hub needs the "

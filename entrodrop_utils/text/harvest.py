@@ -11,6 +11,7 @@ import textwrap
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ..files import build_once
@@ -35,7 +36,15 @@ def harvested(source: str) -> Path:
         texts = _essays() if source == "english" else _installed({"docs": _docstrings, "code": _functions}[source])
         unfinished.write_text(json.dumps([{"file": file, "text": text} for file, text in texts]), encoding="utf-8")
 
-    return build_once(path, build, lambda: path.is_file() and path.read_bytes()[-1:] == b"]")  # a cut file is harvested again
+    return build_once(path, build, lambda: _is_whole(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a harvested text can be read; if not, it is harvested again."""
+    with suppress(OSError, ValueError, RecursionError):
+        texts = json.loads(path.read_bytes())
+        return bool(texts) and isinstance(texts, list)
+    return False
 
 
 def package_files() -> list[tuple[str, Path]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from entrodrop_utils.profile import BUILD, NOTEBOOKS, ROOT
+from entrodrop_utils.paths import BUILD, NOTEBOOKS, ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = [

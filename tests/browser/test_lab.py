@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from entrodrop_utils import dropping
-from entrodrop_utils.sub_blocks import find
+from entrodrop_utils.residual import find
 
 pytestmark = pytest.mark.browser
 
@@ -102,7 +101,7 @@ def test_explorer(page, explorer, screenshots):
     explorer.get_by_role("button", name="Save pruned model").click()
     said = explorer.get_by_role("status").filter(has_text="saving.load_pruned(").inner_text()
     page.screenshot(path=screenshots / "explorer-saved.png")
-    folder = Path(re.search(r"dropping.load\('(.+)'\)", said).group(1))
+    folder = Path(re.search(r"load_pruned\('(.+)'\)", said).group(1))
     try:
         saved = saving.load_pruned(folder)
     finally:
