@@ -72,7 +72,7 @@ class Edit:
                 interrupt = error
         if errors:
             raise RuntimeError(
-                f"the model could not be restored, load it again ({len(errors)} steps failed: {errors[0]})"
+                f"the model could not be restored, load it again ({len(errors)} of its changes stay: {errors[0]})"
             ) from errors[0]
         if interrupt:
             raise interrupt
@@ -113,9 +113,7 @@ def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
 def _keep_layers(edit: Edit, config: PreTrainedConfig, kept: list[int], depth: int) -> None:
     """Let a config describe the kept layers: its depth, its lists of one value per layer, its lists of layers."""
     if getattr(config, "is_heterogeneous", False):
-        raise UnsupportedModel(
-            "blocks cannot be dropped: the model's config has settings for single layers (per_layer_config)"
-        )
+        raise UnsupportedModel("blocks cannot be dropped: the model's config has settings for single layers (per_layer_config)")
     for key, value in list(vars(config).items()):
         per_layer = isinstance(value, (list, tuple)) and len(value) == depth and key != "mlp_only_layers"
         if per_layer and any(part in key for part in ("layer", "heads", "_size")):

@@ -120,7 +120,8 @@ def capture(model: nn.Module, callback: Callback) -> Iterator[None]:
 
 def _n_positions(model: nn.Module) -> int | None:
     """How many tokens the model can read at once, by its config; None where that names no limit."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     tables = (part for name, part in model.named_modules() if isinstance(part, nn.Embedding) and "position" in name.split(".")[-1])
     first = next((part.padding_idx + 1 for part in tables if part.padding_idx is not None), 0)  # RoBERTa counts from there
     return limit - first if limit else None

@@ -56,8 +56,9 @@ def one_shot(
     mean = scores_by_layer(scores, metric, kind).mean()
     kept = protected_layers(protected, int(scores.layer.max()) + 1)
     order = mean.drop(index=[layer for layer in mean.index if layer in kept]).sort_values(kind="stable")
-    if n is None and order.empty:
-        raise ValueError(f"all {len(mean)} sub-blocks of kind {kind} are protected, in layers {sorted(kept)}: protect fewer")
+    if order.empty and n != 0:
+        layers = ", ".join(map(str, sorted(kept)))
+        raise ValueError(f"all {len(mean)} sub-blocks of kind {kind} are protected, in layers {layers}: protect fewer")
     if n is not None and not 0 <= n <= len(order):
         raise ValueError(f"cannot drop {n} of {len(mean)} sub-blocks of kind {kind}: {len(order)} are not protected")
     return [SubBlock(int(layer), kind) for layer in order.index[:n]]

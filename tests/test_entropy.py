@@ -207,9 +207,9 @@ def test_identical_tokens_are_defined_or_refused(name):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda x: entropy.knn(x, 40), "k must be between 1 and token - 1 = 39, got 40"),
+        (lambda x: entropy.knn(x, 40), "k must be a whole number between 1 and token - 1 = 39, got 40"),
         (lambda x: entropy.knn(x, 0), "got 0"),
-        (lambda x: entropy.bucket(x, 1), "bins must be at least 2, got 1"),
+        (lambda x: entropy.bucket(x, 1), "bins must be a whole number of at least 2, got 1"),
         (lambda x: entropy.renyi(x, 1.0), "alpha"),
         (lambda x: entropy.renyi(x, -2.0), "alpha"),
         (lambda x: entropy.matrix_renyi(x, 0.0), "alpha"),

@@ -162,7 +162,7 @@ def test_exported_code_runs(explorer, monkeypatch, capsys):
     ("settings", "says"),
     [
         ({"model": "nonsense"}, "unknown model 'nonsense': choose one of"),
-        ({"metric": "knn", "k": 99}, "k must be between 1 and"),
+        ({"metric": "knn", "k": 99}, "k must be a whole number between 1 and"),
         ({"pasted": "short"}, "the pasted text has 5 tokens: at least 32"),
     ],
 )

@@ -1,5 +1,6 @@
 """The runner: refuses what does not exist, moves only what succeeded, gives the same bytes twice."""
 
+import errno
 import os
 import re
 import shutil
@@ -7,14 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
+import pandas as pd
+import papermill
 import pytest
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from entrodrop_utils import paths
 from entrodrop_utils import profile as profile_module
 from entrodrop_utils.profile import Profile, parameter_value
+from entrodrop_utils.runner import __main__ as runner_main
 from entrodrop_utils.runner import checks, index
 from entrodrop_utils.runner import run as runner
 from entrodrop_utils.selection import count_of
@@ -246,6 +252,296 @@ def test_each_problem_of_a_rendered_notebook_is_found(project, change, says):
     assert checks.problems(book) == []
     change(book)
     assert any(says in problem for problem in checks.problems(book))
+
+
+class Fake:
+    """In place of the execution of notebooks: each writes a table with its seed, or fails."""
+
+    def __init__(self, failures: dict[str, Exception]):
+        self.failures = failures
+
+    def execute(self, path, parameters, output):
+        if path.stem in self.failures:
+            raise self.failures[path.stem]
+        identity = {name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters}
+        table = pd.DataFrame({"seed": [identity.get("seed", 0)]})
+        Profile(**identity, output=str(output)).write(table, f"{path.stem.split('_')[0]}_table.csv")
+        return nbformat.read(path, 4)
+
+
+@pytest.fixture
+def fake(project, monkeypatch):
+    """Three notebooks that take no time."""
+    for name in ("97_first", "98_second"):
+        shutil.copy(project / "notebooks/99_small.ipynb", project / "notebooks" / f"{name}.ipynb")
+    made = Fake({})
+    monkeypatch.setattr(runner, "execute", made.execute)
+    monkeypatch.setattr(runner, "problems", lambda _: [])
+    return made
+
+
+def rows(said: str) -> dict[str, str]:
+    """The report: status and place of every notebook."""
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in said.splitlines() if re.match(r"\d\d_", line)}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+DEFAULT = {"model": "smollm2-135m-instruct", "size": "default", "text": "docs", "seed": 0, "settings": ""}
+OWN_SIZES = ("default-code", "smoke-seed-1", "my_size", "my-size")
+
+
+def runs_of_ones_own(root: Path) -> list[dict]:
+    """Runs whose models and texts are called as others are, or that differ in one thing from the default run."""
+    for place in ("a", "b", "a b"):
+        for name in ("SmolLM2-135M-Instruct", "checkpoint-500", "gemma-3-270m", "[2024]", "x" * 200):
+            (root / place / name).mkdir(parents=True)
+        for name in ("corpus.txt", "docs.txt", "tiny.gguf"):
+            (root / place / name).write_text("words")
+    (root / "latest").mkdir()
+    paths = [str(path) for place in ("a", "b", "a b") for path in sorted((root / place).iterdir())]
+    hub = ["org/SmolLM2-135M-Instruct", "org/name", "org/name@v1", "org/name-v1", "other/name", "gemma-3-270m"]
+    texts = [*(path for path in paths if path.endswith(".txt")), "code", "english", "c4", "org/corpus"]
+    settings = ["k=50", "k=51", "fractions=[0.5]", "k=50 fractions=[0.5]", "fractions=[0.25,0.5]"]
+    others = [
+        {"seed": 1},
+        {"seed": 2},
+        {"size": "smoke"},
+        {"size": "paper"},
+        {"size": "smoke", "seed": 1},
+        {"text": "code", "seed": 1},
+    ]
+    runs = [{"model": name} for name in (*(path for path in paths if not path.endswith(".txt")), *hub)]
+    runs += [{"text": one} for one in texts] + [{"settings": one} for one in settings] + [{"size": one} for one in OWN_SIZES]
+    return runs + others
+
+
+def test_every_run_but_the_default_one_has_a_folder_of_its_own(project, tmp_path_factory):
+    for size in OWN_SIZES:
+        (project / "notebooks/sizes" / f"{size}.yaml").write_text("size: paper\nk: 7")  # begun as a copy of another
+    folders = {}
+    for one in [DEFAULT, *runs_of_ones_own(tmp_path_factory.mktemp("own"))]:
+        parameters = runner.run_parameters(**(DEFAULT | one), notebooks=checks.available())
+        profile = Profile(**{name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters})
+        assert profile.folder not in folders, (one, folders[profile.folder])
+        assert re.fullmatch(r"[\w.-]{1,110}/[\w.-]{1,110}", profile.folder)
+        folders[profile.folder] = one
+        assert runner.is_default(profile) == (one is DEFAULT)
+    committed = {path.relative_to(paths.RESULTS).as_posix() for path in paths.RESULTS.glob("*/*")}
+    shared = {folder: one for folder, one in folders.items() if folder in committed and one is not DEFAULT}
+    assert all(one in ({"model": "gemma-3-270m"}, {"size": "smoke"}, {"size": "paper"}) for one in shared.values())
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"model": "SmolLM2-135M-Instruct"},
+        {"model": "./smollm2-135m-instruct"},
+        {"seed": 1},
+        {"text": "docs.txt"},
+        {"settings": "k=25"},
+    ],
+    ids=str,
+)
+def test_a_run_of_ones_own_changes_nothing_that_is_there_and_says_where_it_writes(own, fake, project, monkeypatch, capsys):
+    (home := project / "home").mkdir()
+    for name in ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"):
+        (home / name).mkdir()
+    (home / "docs.txt").write_text("words")
+    monkeypatch.chdir(home)
+    assert run() == 0
+    before = contents(project)
+    capsys.readouterr()
+    assert runner.reproduce(**(DEFAULT | own), only="98") == 0
+    said = capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    (made,) = [path for path in (project / "data/results").rglob("98_table.csv") if path not in before]
+    folder = made.parent.relative_to(project / "data/results").as_posix()
+    assert f"[1/1] 98_second ({folder})" in said and f"data/results/{folder}" in rows(said)["98_second"]
+    assert (project / "build" / folder / "98_second.ipynb").exists()
+
+
+def test_a_file_that_is_a_link_keeps_its_own_name_and_a_link_that_moves_is_another_run(project, tmp_path_factory):
+    """The hub's cache holds links to files that are called by their hash, without an ending."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "0123").write_text("words")
+    for name in ("tiny.gguf", "corpus.txt"):
+        (home / name).symlink_to(home / "0123")
+    both = {"model": str(home / "tiny.gguf"), "text": str(home / "corpus.txt")}
+    parameters = runner.run_parameters(**(DEFAULT | both), notebooks=checks.available())
+    assert {name: parameters[name] for name in both} == both
+    assert re.fullmatch(r"tiny.gguf-\w{8}/default-corpus.txt-\w{8}", Profile(**both).folder)
+    folders = set()
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        (home / name).mkdir()
+        (home / "latest").unlink(missing_ok=True)
+        (home / "latest").symlink_to(home / name)
+        folders.add(Profile(str(home / "latest")).folder)
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("name", ["[2024]", "{k}", "a*b"])
+def test_a_checkout_in_a_folder_with_an_odd_name_runs_its_own_notebooks(name, project):
+    """papermill would put the parameter k into a path with {k}."""
+    for place in (name, "25", "50", "2", "ab"):
+        (project / place).mkdir()
+        content = notebook()
+        content.cells[3].source += f"\nplace: str = {place!r}"
+        nbformat.write(content, project / place / "99_small.ipynb")
+    own = project / name / "99_small.ipynb"
+    assert runner.notebook_parameters(own)[-1] == "place"
+    if name == "{k}":  # one kernel suffices
+        (project / name / "build").mkdir()
+        made = runner.execute(own, {"k": 50}, project / name / "build")
+        assert f"place: str = {name!r}" in made.cells[3].source
+        assert (project / name / "build/99_small.ipynb").exists() and not list((project / "50").glob("build"))
+
+
+@pytest.mark.parametrize("size", ["smok?", "s*", "[s]moke", "../sizes/smoke"])
+def test_a_size_is_a_name_and_no_pattern(size, project):
+    with pytest.raises(ValueError, match=re.escape(f"unknown size {size!r}: choose one of default, paper, smoke")):
+        run(size=size)
+
+
+CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB. Process 1 has 3 GiB. See docs."
+MPS = "MPS backend out of memory (MPS allocated: 8.1 GB, max allowed: 9 GB). Tried to allocate 2 GB on private pool. Use X."
+ON_CPU = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes."
+FULL = OSError(errno.ENOSPC, "No space left on device", "/build/run-1")
+
+
+def failed(name: str, said: str) -> papermill.PapermillExecutionError:
+    return papermill.PapermillExecutionError(3, 3, "x = 1", name, said, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "held", "says"),
+    [
+        (failed("OutOfMemoryError", CUDA), 0, "too little memory (CUDA out of memory. Tried to allocate 20.00 GiB): close other"),
+        (
+            failed("RuntimeError", MPS),
+            0,
+            "too little memory (MPS backend out of memory (MPS allocated: 8.1 GB, max allowed: 9 GB).",
+        ),
+        (failed("RuntimeError", ON_CPU), 0, "can't allocate memory: you tried to allocate 4000 bytes): close other programs"),
+        (
+            failed("_ArrayMemoryError", "Unable to allocate 7.28 TiB for an array"),
+            0,
+            "too little memory (Unable to allocate 7.28 TiB",
+        ),
+        (failed("MemoryError", ""), 0, "too little memory (MemoryError): close other programs, or use a smaller model or SIZE"),
+        (failed("ValueError", "two\n lines"), 0, "ValueError: two lines"),
+        (failed("OSError", "[Errno 28] No space left on device"), 0, "OSError: [Errno 28] No space left on device"),
+        (DeadKernelError("Kernel died"), 0, "its kernel died, most likely for lack of memory: close other programs"),
+        (DeadKernelError("Kernel died"), 12_300_000_000, "for lack of memory, of which it had 12.3 GB: close other programs"),
+        (FULL, 0, "No space left on device: /build/run-1"),
+        (OSError(errno.EROFS, "Read-only file system"), 0, "Read-only file system"),
+        (KeyError("python3"), 0, "KeyError: 'python3'"),
+        (RuntimeError("the kernel\ndid not start"), 0, "the kernel did not start"),
+        (RuntimeError(), 0, "RuntimeError"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_sentence(error, held, says):
+    reason = runner.reason_of(error, held)
+    assert says in reason and "\n" not in reason and len(reason) < 260
+
+
+@pytest.mark.parametrize("error", [FULL, DeadKernelError("died"), KeyError("no such kernel"), failed("NameError", "x")], ids=repr)
+def test_a_notebook_that_fails_for_any_reason_does_not_stop_the_others(error, fake, project, capsys):
+    fake.failures["98_second"] = error
+    before = (project / "README.md").read_bytes()
+    assert run() == 1
+    said = rows(capsys.readouterr().out)
+    assert [row.split()[0] for row in said.values()] == ["done", "FAILED", "done"]
+    assert re.search(r"FAILED .*build/run-\w+/98_second.ipynb \(.+\)$", said["98_second"])
+    assert (project / "README.md").read_bytes() == before, "no index of half the notebooks"
+
+
+def test_a_build_folder_that_is_full_for_one_notebook_is_said_in_its_row(fake, monkeypatch, capsys):
+    make, made = runner.tempfile.mkdtemp, []
+
+    def full_once(*arguments, **settings):
+        made.append(1)
+        if len(made) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "build/run-2")
+        return make(*arguments, **settings)
+
+    monkeypatch.setattr(runner.tempfile, "mkdtemp", full_once)
+    assert run() == 1
+    said = rows(capsys.readouterr().out)
+    assert said["98_second"].endswith("min No space left on device: build/run-2") and said["99_small"].startswith("done")
+
+
+@pytest.mark.parametrize("of", ["BUILD", "RESULTS"])
+def test_a_folder_that_cannot_be_written_is_said_in_one_sentence(of, fake, project, monkeypatch, capsys):
+    (project / "a file").write_text("")
+    monkeypatch.setattr(runner, of, project / "a file" / "folder")
+    monkeypatch.setattr(sys, "argv", ["runner", "--only", "98,99"])
+    status = runner_main.main()
+    said = capsys.readouterr()
+    if of == "BUILD":
+        assert status == 2 and re.fullmatch(r"error: Not a directory: .*/a file/folder\n", said.err)
+    else:
+        found = rows(said.out)
+        assert status == 1 and len(found) == 2 and not said.err
+        assert all(re.search(r"^FAILED .*\((Not a directory|File exists): .*/a file.*\)$", row) for row in found.values())
+
+
+def test_a_disk_that_is_full_while_files_are_moved_leaves_what_was_there(fake, project, monkeypatch, capsys):
+    assert run() == 0
+    before, copy = contents(project), shutil.copyfile
+
+    def full(source, target):
+        if source.name == "99_table.csv":  # the last one: the notebook was copied before
+            target.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        return copy(source, target)
+
+    monkeypatch.setattr(runner.shutil, "copyfile", full)
+    assert run(only="99") == 1
+    assert "(No space left on device: " in rows(capsys.readouterr().out)["99_small"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert not [path for path in project.rglob(".*") if path.name.endswith("unfinished")]
+
+
+def test_build_may_be_on_another_disk(fake, project, monkeypatch):
+    replace = os.replace
+
+    def within_one_folder(source, target):
+        if os.path.dirname(source) != os.path.dirname(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", within_one_folder)
+    assert run() == 0
+    assert (project / "data/results/smollm2-135m-instruct/default/99_table.csv").exists()
+    assert not list((project / "build").glob("run-*"))
+
+
+def test_a_readme_that_cannot_be_written_does_not_hide_the_report(fake, monkeypatch, capsys):
+    def read_only():
+        raise OSError(errno.EROFS, "Read-only file system", "README.md")
+
+    monkeypatch.setattr(runner, "update_index", read_only)
+    monkeypatch.setattr(sys, "argv", ["runner"])
+    assert runner_main.main() == 2
+    said = capsys.readouterr()
+    assert len(rows(said.out)) == 3 and said.err == "error: Read-only file system: README.md\n"
+
+
+def test_a_kernel_that_dies_and_one_without_memory_do_not_stop_the_next(project, capsys):
+    cuda = f"class OutOfMemoryError(RuntimeError): ...\nraise OutOfMemoryError({CUDA!r})"
+    for name, source in (("97_dies", "import os\nos._exit(1)"), ("98_full", cuda)):
+        content = notebook()
+        content.cells[1].source = source
+        nbformat.write(content, project / "notebooks" / f"{name}.ipynb")
+    assert run() == 1
+    said = rows(capsys.readouterr().out)
+    assert said["97_dies"].startswith("FAILED") and "its kernel died, most likely for lack of memory" in said["97_dies"]
+    assert said["98_full"].startswith("FAILED") and "(CUDA out of memory. Tried to allocate 20.00 GiB)" in said["98_full"]
+    assert said["99_small"].startswith("done")
+    assert [path.name for path in (project / "data/results").rglob("*.csv")] == ["99_table.csv"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

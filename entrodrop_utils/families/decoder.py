@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .layouts import LAYER_LISTS, LAYOUTS, STACKS, Layout
 from .modeling_entrodrop import is_bypass
-from .self_check import Capture, find_mismatch
+from .self_check import Capture, evaluation_mode, find_mismatch, sample_ids
 
 HOW_TO_ADD = "see entrodrop_utils/families/README.md"
 
@@ -73,6 +73,16 @@ def _may_be_nan(weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta
 
 
+@torch.no_grad()
+def _computes_numbers(model: nn.Module) -> bool:
+    """Whether the model's output holds no NaN, as it does where a state is past the range of a small dtype."""
+    try:
+        with evaluation_mode(model):
+            return not model(sample_ids(model))[0].isnan().any()
+    except Exception:  # it does not run at all, which the mismatch says
+        return True
+
+
 def find_layout(model: nn.Module, capture: Callable[..., Capture]) -> Layout:
     """The layout of the model's decoder layers, verified by the self-check on this model.
 
@@ -80,7 +90,7 @@ def find_layout(model: nn.Module, capture: Callable[..., Capture]) -> Layout:
         capture: reads the states that a layout describes (``residual.capture_layers``).
     Raises:
         UnsupportedModel: no layout has these modules, or the states of those that do are not the model's.
-        ValueError: the weights hold NaN or infinite values.
+        ValueError: the weights hold NaN or infinite values, or the model computes NaN.
     """
     blocks, name = decoder_layers(model), type(model).__name__
     candidates = {key: layout for key, layout in LAYOUTS.items() if all(layout.fits(layer) for layer in blocks)}
@@ -108,6 +118,8 @@ def find_layout(model: nn.Module, capture: Callable[..., Capture]) -> Layout:
         if mismatch is None:
             return layout
         mismatches[key] = mismatch
+    if not _computes_numbers(model):
+        raise ValueError(f"{name} computes NaN with sound weights in {model.dtype}: load it in float32")
     reasons = "; ".join(f"{key}: {mismatch}" for key, mismatch in mismatches.items())
     raise UnsupportedModel(
         f"{name} has the modules of a known layout, but the states read from it are not the model's ({reasons}). Scores and drops "

@@ -63,11 +63,10 @@ def _is_idle(name: str, model: PreTrainedModel) -> bool:
     layer, depth = re.search(r"(?:^|\.)layers\.(\d+)\.", name), getattr(config, "num_hidden_layers", 0)
     if layer and depth <= int(layer[1]) < depth + (getattr(config, "num_nextn_predict_layers", 0) or 0):
         return True  # of DeepSeek and GLM, whose prediction layers follow the others
-    if IDLE.search(name):
-        return True
-    parents = [name.rsplit(".", end)[0] for end in range(1, name.count(".") + 1)]
-    has_layer = any(part._parameters for path, part in model.named_modules() if path in parents)  # a bias or scale of one it has
-    return bool(HEADS.search(name)) and not has_layer
+    if IDLE.search(name) or not HEADS.search(name):
+        return bool(IDLE.search(name))
+    parents = [name.rsplit(".", end)[0] for end in range(1, name.count(".") + 1)]  # a head that the model has is not another's
+    return not any(part._parameters for path, part in model.named_modules() if path in parents)
 
 
 def require_no_others(names: Iterable[str]) -> None:

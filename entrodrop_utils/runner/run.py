@@ -57,9 +57,11 @@ def size_parameters(size: str) -> dict[str, object]:
         ValueError: a size that does not exist, with the list of those that do.
     """
     files = {path.stem: path for path in sorted(SIZES.glob("*.yaml"))}
-    if size != DEFAULT_SIZE and size not in files:
+    if size == DEFAULT_SIZE:
+        return {}
+    if size not in files:
         raise ValueError(f"unknown size {size!r}: choose one of {', '.join([DEFAULT_SIZE, *files])}")
-    return yaml.safe_load(files[size].read_text(encoding="utf-8")) if size in files else {}
+    return yaml.safe_load(files[size].read_text(encoding="utf-8")) or {}
 
 
 def parse_settings(settings: str) -> dict[str, object]:
@@ -151,10 +153,15 @@ def run_parameters(model: str, size: str, text: str, seed: int, settings: str, n
         raise ValueError(f"no notebook has the parameter {', '.join(unknown)}: they have {', '.join(sorted(known))}")
     if reserved := sorted(set(own) & {"model", "size", "text", "seed", "output"}):
         raise ValueError(f"{reserved[0]} is not a setting: use {reserved[0].upper()}=... of make reproduce")
-    parameters = size_parameters(size) | own
-    if own or "-" in size:  # without a hash, `default-code` would name the default size with the text `code` too
+    name = size
+    if own:
         content = " ".join(f"{name}={value}" for name, value in sorted(own.items()))
-        parameters["size"] = f"{size}-{plain_name(content)[:60]}-{short_hash(content)}" if own else f"{size}-{short_hash(size)}"
+        name = f"{size}-{plain_name(content)[:60]}-{short_hash(content)}"
+    elif "-" in size:  # without a hash, `default-code` would name the default size with the text `code` too
+        name = f"{size}-{short_hash(size)}"
+    parameters = size_parameters(size) | own
+    if name != DEFAULT_SIZE:  # whatever the file of the size calls itself
+        parameters["size"] = name
     wanted = {"model": _absolute(model, KNOWN), "text": _absolute(text), "seed": seed}
     defaults = {"model": DEFAULT_MODEL, "text": DEFAULT_TEXT, "seed": 0}
     return parameters | {name: value for name, value in wanted.items() if value != defaults[name]}
@@ -190,7 +197,8 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
                 shutil.rmtree(stage, ignore_errors=True)
             raise
         except Exception as error:  # of the notebook, papermill, the kernel or the machine: a dozen kinds; the others are run
-            reason = reason_of(error, held if (held := _most_memory()) > before else 0)
+            held = _most_memory()  # a process begins as a copy of this one, so a little more says nothing
+            reason = reason_of(error, held if held > 1.5 * before else 0)
             half_run = f"{stage.relative_to(ROOT) / notebook.name} ({reason})" if stage else reason  # it stays there
             report.append((notebook.stem, "FAILED", time.monotonic() - start, half_run))
     width = max(len(row[0]) for row in report)
