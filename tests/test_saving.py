@@ -189,7 +189,9 @@ def test_the_familys_own_model_class_builds_no_other_size(pruned, monkeypatch):
     model, folder = pruned
     filled, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert (len(filled.model.layers), filled.config.hidden_size) == (3, 32)
-    assert filled.num_parameters() == tiny("Llama").num_parameters() - sum(p.numel() for p in tiny("Llama").model.layers[0].parameters())
+    assert filled.num_parameters() == tiny("Llama").num_parameters() - sum(
+        p.numel() for p in tiny("Llama").model.layers[0].parameters()
+    )
     assert {key.split(".")[2] for key in info["missing_keys"]} == {"0", "1"}
     assert torch.equal(filled.lm_head.weight, model.lm_head.weight)
 
