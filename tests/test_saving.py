@@ -155,11 +155,15 @@ def test_every_familys_own_config_class_reads_its_config(name, kinds, tmp_path):
     folder = saving.save_pruned(model, tmp_path / "smaller")
     again = saving.save_pruned(saving.load_pruned(folder), tmp_path / "again")
     for saved in (folder, again):
-        read, own = type(model.config).from_pretrained(saved).to_dict(), model.config.to_dict()
-        assert {key: read.get(key) for key in own.keys() - WRITTEN} == {key: own[key] for key in own.keys() - WRITTEN}
+        assert sizes(type(model.config).from_pretrained(saved).to_dict()) == sizes(model.config.to_dict())
         text = type(model.config.get_text_config()).from_pretrained(saved)
         assert text.num_hidden_layers == len(decoder_layers(model))
         assert text.hidden_size == 32
+
+
+def sizes(settings: dict) -> dict:
+    found = {key: sizes(value) if isinstance(value, dict) else value for key, value in settings.items() if key not in WRITTEN}
+    return json.loads(json.dumps(found))
 
 
 def nested(settings: dict, path: tuple[str, ...] = ()):
@@ -172,7 +176,7 @@ def nested(settings: dict, path: tuple[str, ...] = ()):
 def test_the_record_has_no_key_that_transformers_gives_a_meaning_to(pruned, tmp_path):
     """It looks for nested configs by their ``model_type``, and for some by their name."""
     meant = {"model_type", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version"}
-    names = {config.base_config_key for config in transformers.CONFIG_MAPPING.values()}
+    names = {config.base_config_key for config in transformers.CONFIG_MAPPING.values() if isinstance(config.base_config_key, str)}
     names |= {part for config in transformers.CONFIG_MAPPING.values() for part in config.sub_configs}
     _, folder = pruned
     blocks = saving.save_pruned(saving.remove(tiny("Llama"), [BLOCK(1)]), tmp_path / "blocks")
