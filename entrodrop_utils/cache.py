@@ -25,6 +25,8 @@ from .files import replacing
 from .paths import CACHE, PACKAGE
 from .progress import notice
 
+# transformers leaves hooks here that record attention or hidden states when asked to, and change nothing
+RECORDERS = "transformers.utils.output_capturing"
 # Attributes of any module, and the mark of how it was initialised
 NO_SETTINGS = {*vars(nn.Module()), "_is_hf_initialized", "gradient_checkpointing"}
 
@@ -42,7 +44,8 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         NotCacheable: weights on the meta device, or hooks, which can change any result.
     """
-    if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+    hooks = (hook for part in model.modules() for held in (part._forward_hooks, part._forward_pre_hooks) for hook in held.values())
+    if any(getattr(hook, "__module__", "") != RECORDERS for hook in hooks):
         raise NotCacheable("hooks change what the model computes")
     config = model.config.to_dict()
     config.pop("_name_or_path", None)  # the folder it was read from does not matter

@@ -99,11 +99,14 @@ def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, 
     bins, x = int(bins), _checked(x)
     *batch, tokens, dim = x.shape
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
-    if not torch.isfinite(high - low).all():  # a range past that of the dtype; the estimate does not change with scale
+    least, extent = torch.finfo(x.dtype).tiny * bins, high - low
+    if not torch.isfinite(extent).all():  # past the range of the dtype; the estimate does not change with scale
         return bucket(x.double() / 4, bins)
+    if x.dtype == torch.float32 and ((extent > 0) & (extent < least)).any():
+        return bucket(x.double(), bins)
     histograms = math.prod(batch) * dim
     integer = torch.int32 if histograms * bins < 2**31 else torch.int64
-    index = (x - low).mul_(bins / (high - low).clamp(min=torch.finfo(x.dtype).tiny * bins)).to(integer).clamp_(max=bins - 1)
+    index = (x - low).mul_(bins / extent.clamp(min=least)).to(integer).clamp_(max=bins - 1)
     # One flat count over (sequence, dimension, bin): no one-hot tensor of token x dim x bins is ever made.
     index += torch.arange(histograms, dtype=integer, device=x.device).view(*batch, 1, dim) * bins
     counts = torch.bincount(index.flatten(), minlength=histograms * bins)

@@ -161,8 +161,8 @@ class IncrementalLosses:
             batches = progress(_batches(windows), "the dense model")
             self.forwards = [LayerwiseForward(model, ids.to(model.device)) for ids in batches]
             dense = [forward.logits(state) for forward in self.forwards for _, state in forward.last_states([()])]
-        self.references = [_Reference(forward.ids, logits) for forward, logits in zip(self.forwards, dense, strict=True)]
-        self.results = {(): self._compare(dense)}
+            self.references = [_Reference(forward.ids, logits) for forward, logits in zip(self.forwards, dense, strict=True)]
+            self.results = {(): self._compare(dense)}
 
     @torch.inference_mode()
     def __call__(self, sub_blocks: Iterable[SubBlock]) -> tuple[Estimate, Estimate]:
@@ -173,7 +173,7 @@ class IncrementalLosses:
                 pass
             with evaluation_mode(self.model):
                 logits = [forward.logits(self._last_state(i, drop_set)) for i, forward in enumerate(self.forwards)]
-            self.results[drop_set] = self._compare(logits)
+                self.results[drop_set] = self._compare(logits)
         return self.results[drop_set]
 
     def _compare(self, logits: list[Tensor]) -> tuple[Estimate, Estimate]:

@@ -118,9 +118,9 @@ def _check_metrics(metrics: Mapping[Hashable, Metric], tokens: int) -> None:
     states = torch.randn(2, tokens, 4, generator=torch.Generator().manual_seed(0))
     for metric in metrics.values():
         inner = metric
-        while changed := getattr(inner, "func", None) or getattr(inner, "__wrapped__", None):
-            inner = changed
-        if inner in METRICS.values():
+        while inner not in METRICS.values() and inner is not None:
+            inner = getattr(inner, "func", None) or getattr(inner, "__wrapped__", None)
+        if inner is not None:
             metric(*states[: 1 if is_entropy(metric) else 2])
 
 

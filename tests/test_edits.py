@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MiniMaxConfig, MiniMaxForCausalLM
 
 from entrodrop_utils import dropping, residual, saving
-from entrodrop_utils.families import decoder
+from entrodrop_utils.families import decoder, edits
 from entrodrop_utils.families.decoder import UnsupportedModel, decoder_layers, find_layout
 from entrodrop_utils.families.layouts import Layout
 from entrodrop_utils.residual import KINDS, SubBlock, capture_layers, find, layout_of
@@ -53,7 +53,7 @@ def proven(name: str):
 
 def failing_set(monkeypatch, error: BaseException, at: int, halfway: bool = False) -> list[int]:
     """From now on the n-th change of an edit raises, before it is made or after; returns where the number of changes is kept."""
-    original, count = dropping.Edit.set, [0]
+    original, count = edits.Edit.set, [0]
 
     def changed(*args) -> None:
         count[0] += 1
@@ -63,13 +63,13 @@ def failing_set(monkeypatch, error: BaseException, at: int, halfway: bool = Fals
             original(*args)
         raise error
 
-    monkeypatch.setattr(dropping.Edit, "set", changed)
+    monkeypatch.setattr(edits.Edit, "set", changed)
     return count
 
 
 def failing_undo(monkeypatch, error: BaseException, at: int) -> list[Callable[[], None]]:
     """From now on the n-th change of an edit raises once when it is taken back; returns where the steps that work are kept."""
-    original, steps = dropping._restore, []
+    original, steps = edits._restore, []
 
     def restore(*args) -> Callable[[], None]:
         step, planted = original(*args), [error] if len(steps) + 1 == at else []
@@ -82,7 +82,7 @@ def failing_undo(monkeypatch, error: BaseException, at: int) -> list[Callable[[]
 
         return run
 
-    monkeypatch.setattr(dropping, "_restore", restore)
+    monkeypatch.setattr(edits, "_restore", restore)
     return steps
 
 

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import shutil
+import subprocess
 import threading
 import warnings
 
@@ -16,6 +18,7 @@ from entrodrop_utils import cache, files, models, progress
 from entrodrop_utils.cached_scoring import cached_score
 from entrodrop_utils.evaluation import losses_by_set
 from entrodrop_utils.models import sources
+from entrodrop_utils.paths import ROOT
 from entrodrop_utils.tasks import local_tasks
 from entrodrop_utils.text import corpus, harvest
 
@@ -346,3 +349,15 @@ def test_a_link_is_removed_and_not_what_it_points_to(tmp_path):
     files.remove_path(tmp_path / "link")
     files.remove_path(tmp_path / "nothing")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="this system has no make")
+def test_the_cache_is_removed_with_how_much_that_frees(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("cache/scores", "models"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "file").write_bytes(os.urandom(3_000_000))
+    run = lambda: subprocess.run(["make", "clean-cache"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    assert run().startswith(("2.9M freed", "3.0M freed"))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["models"]
+    assert run() == "nothing to free: there is no data/cache\n"

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, ids, tiny
 from reference import output, stranger_command, word_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, dynamic_module_utils, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    dynamic_module_utils,
+    pipeline,
+)
 
 from entrodrop_utils import load_model, saving
+from entrodrop_utils.families.decoder import decoder_layers
 from entrodrop_utils.families.modeling_entrodrop import RECORD
 from entrodrop_utils.residual import KINDS, SubBlock, find
 
@@ -131,6 +141,74 @@ def test_the_familys_own_config_class_reads_the_sizes(pruned):
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         assert getattr(config, name) == getattr(model.config, name), name
     assert (config.num_hidden_layers, config.vocab_size) == (3, VOCAB)
+
+
+OWN = ["Gemma 3 (text)", "GPT-2", "Bloom", "Mixtral", "BERT", "T5 (encoder)", "Gemma 3 (image and text)"]
+WRITTEN = {"architectures", "auto_map", "dtype", "model_type", "transformers_version", "_name_or_path", RECORD}  # not sizes
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("kinds", [(ATTENTION, MLP), (MLP,), (BLOCK,), (ATTENTION, BLOCK)], ids=lambda kinds: f"{len(kinds)} kinds")
+def test_every_familys_own_config_class_reads_its_config(name, kinds, tmp_path):
+    """Whatever is dropped, and also from a folder that was loaded and saved again."""
+    model = saving.remove(tiny(name), [kind(place) for place, kind in enumerate(kinds, 1)])
+    folder = saving.save_pruned(model, tmp_path / "smaller")
+    again = saving.save_pruned(saving.load_pruned(folder), tmp_path / "again")
+    for saved in (folder, again):
+        assert sizes(type(model.config).from_pretrained(saved).to_dict()) == sizes(model.config.to_dict())
+        text = type(model.config.get_text_config()).from_pretrained(saved)
+        assert text.num_hidden_layers == len(decoder_layers(model))
+        assert text.hidden_size == 32
+
+
+def sizes(settings: dict) -> dict:
+    found = {key: sizes(value) if isinstance(value, dict) else value for key, value in settings.items() if key not in WRITTEN}
+    return json.loads(json.dumps(found))
+
+
+def nested(settings: dict, path: tuple[str, ...] = ()):
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from ((*path, key, inner) for inner in value)
+            yield from nested(value, (*path, key))
+
+
+def test_the_record_has_no_key_that_transformers_gives_a_meaning_to(pruned, tmp_path):
+    """It looks for nested configs by their ``model_type``, and for some by their name."""
+    meant = {"model_type", "architectures", "auto_map", "dtype", "torch_dtype", "quantization_config", "transformers_version"}
+    names = {config.base_config_key for config in transformers.CONFIG_MAPPING.values() if isinstance(config.base_config_key, str)}
+    names |= {part for config in transformers.CONFIG_MAPPING.values() for part in config.sub_configs}
+    _, folder = pruned
+    blocks = saving.save_pruned(saving.remove(tiny("Llama"), [BLOCK(1)]), tmp_path / "blocks")
+    assert RECORD not in names
+    for saved in (folder, blocks):
+        keys = list(nested(json.loads((saved / "config.json").read_text())))
+        assert any(key[0] == RECORD for key in keys)
+        assert not [key for key in keys if key[0] == RECORD and {*key[1:]} & (meant | names)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_familys_own_model_class_builds_no_other_size(pruned, monkeypatch):
+    """It cannot know of the gaps, which it fills and names; but it is the saved model's width and depth."""
+    model, folder = pruned
+    filled, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert (len(filled.model.layers), filled.config.hidden_size) == (3, 32)
+    assert filled.num_parameters() == tiny("Llama").num_parameters() - sum(
+        p.numel() for p in tiny("Llama").model.layers[0].parameters()
+    )
+    assert {key.split(".")[2] for key in info["missing_keys"]} == {"0", "1"}
+    assert torch.equal(filled.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_pruned_model_that_transformers_saves_again_stays_readable(pruned, tmp_path):
+    model, folder = pruned
+    other = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    other.save_pretrained(tmp_path / "again")
+    record = json.loads((tmp_path / "again" / "config.json").read_text())[RECORD]
+    assert record == json.loads((folder / "config.json").read_text())[RECORD]
+    assert record["family"] == "llama"
+    assert LlamaConfig.from_pretrained(tmp_path / "again").num_hidden_layers == 3
+    assert torch.equal(output(saving.load_pruned(tmp_path / "again"), ids()), output(model, ids()))
 
 
 def test_folders_that_cannot_be_written_or_read(tmp_path):

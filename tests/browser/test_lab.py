@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from entrodrop_utils.residual import find
+from entrodrop_utils.saving import load_pruned
 
 pytestmark = pytest.mark.browser
 
@@ -99,11 +100,11 @@ def test_explorer(page, explorer, screenshots):
 
     explorer.get_by_role("button", name="Export as code").click()
     explorer.get_by_role("button", name="Save pruned model").click()
-    said = explorer.get_by_role("status").filter(has_text="saving.load_pruned(").inner_text()
+    said = explorer.get_by_role("status").filter(has_text="load_pruned(").inner_text()
     page.screenshot(path=screenshots / "explorer-saved.png")
     folder = Path(re.search(r"load_pruned\('(.+)'\)", said).group(1))
     try:
-        saved = saving.load_pruned(folder)
+        saved = load_pruned(folder)
     finally:
         shutil.rmtree(folder)
     assert {s.layer for s in find(saved, "attention")}.isdisjoint({16})
@@ -124,13 +125,11 @@ def test_explorer_says_what_is_wrong(page, explorer, screenshots):
 
 def test_another_notebook_with_a_parameter_changed(page, lab, copied, screenshots):
     panel = opened(page, lab, copied("01_layerwise_entropy.ipynb"))
-    size = panel.locator(".cm-line").filter(has_text='size: str = "default"')
-    size.get_by_text('"default"').dblclick()
-    page.keyboard.type("smoke")
-    panel.locator(".cm-line").filter(has_text='size: str = "smoke"').or_(
-        panel.locator(".cm-line").filter(has_text="size: str = smoke")
-    ).wait_for()
+    parameter = panel.locator(".cm-line").filter(has_text="n_sequences: int = 24")
+    parameter.get_by_text("24", exact=True).dblclick()
+    page.keyboard.type("4")
+    panel.locator(".cm-line").filter(has_text="n_sequences: int = 4").wait_for()
     run_all(page, panel)
     assert "bucket entropy" in finding(panel)
-    assert "4 windows of 64 tokens" in panel.inner_text()
-    page.screenshot(path=screenshots / "01-smoke.png")
+    assert "4 windows of 256 tokens" in panel.inner_text()
+    page.screenshot(path=screenshots / "01-parameter.png")
