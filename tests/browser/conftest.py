@@ -51,6 +51,8 @@ def page(browser):
     """A page as wide as a small laptop."""
     page = browser.new_page(viewport={"width": 1366, "height": 768})
     page.set_default_timeout(60_000)
+    # On a slow machine Lab may ask or report something in a dialog, which lies over all controls
+    page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: (print(dialog.inner_text()), page.keyboard.press("Escape")))
     yield page
     page.close()
 

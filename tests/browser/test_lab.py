@@ -125,11 +125,11 @@ def test_explorer_says_what_is_wrong(page, explorer, screenshots):
 
 def test_another_notebook_with_a_parameter_changed(page, lab, copied, screenshots):
     panel = opened(page, lab, copied("01_layerwise_entropy.ipynb"))
-    parameter = panel.locator(".cm-line").filter(has_text="n_sequences: int = 24")
-    parameter.get_by_text("24", exact=True).dblclick()
-    page.keyboard.type("4")
-    panel.locator(".cm-line").filter(has_text="n_sequences: int = 4").wait_for()
+    parameter = panel.locator(".cm-line").filter(has_text=re.compile("^n_tokens: int = 256"))
+    parameter.get_by_text("256", exact=True).dblclick()
+    page.keyboard.type("64")
+    panel.locator(".cm-line").filter(has_text=re.compile("^n_tokens: int = 64")).wait_for()
     run_all(page, panel)
     assert "bucket entropy" in finding(panel)
-    assert "4 windows of 256 tokens" in panel.inner_text()
+    assert "24 windows of 64 tokens" in panel.inner_text()
     page.screenshot(path=screenshots / "01-parameter.png")
