@@ -38,7 +38,7 @@ def run_all(page, panel) -> None:
 def finding(panel) -> str:
     """The sentence of the last cell, once it is there."""
     last = panel.locator(".jp-CodeCell").last.locator(".jp-RenderedMarkdown")
-    last.wait_for(timeout=240_000)
+    last.wait_for(timeout=480_000)
     assert not panel.locator("[data-mime-type='application/vnd.jupyter.error'], .jp-OutputArea-error").count()
     return last.inner_text()
 
