@@ -210,5 +210,6 @@ def refused(run: Callable, model: PreTrainedModel) -> str | None:
     except ValueError as error:
         text = str(error)
     text = text.removeprefix(f"the layers of {type(model).__name__} ").removeprefix(f"{type(model).__name__} ")
-    text = text.partition(" have no known layout")[0].partition("). Scores and drops")[0].removeprefix("(").removesuffix(")")
+    text = text.partition(" have no known layout")[0].partition("). Scores and drops")[0]
+    text = text[1:-1] if text.startswith("(") and text.endswith(")") else text
     return text.partition("are not the model's (")[2] or text

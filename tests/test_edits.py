@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import transformers
-from families import BY_NAME, FAMILIES, ids, tiny
+from families import BY_NAME, FAMILIES, VOCAB, ids, tiny
 from reference import close, layout_name, output, without_contribution
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MiniMaxConfig, MiniMaxForCausalLM
@@ -688,3 +688,10 @@ def test_models_in_half_precision_pass_and_are_still_told_apart():
     wrong = length_of_the_first_layer().bfloat16()
     with pytest.raises(UnsupportedModel, match="predicts another next token"), dropping.dropped(wrong, [ATTENTION(1)]):
         pass
+
+
+def test_a_model_that_pads_its_input_is_refused_as_its_states_are_not_those_of_the_tokens():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.LongformerForMaskedLM(transformers.LongformerConfig(**sizes, attention_window=16)).eval()
+    with pytest.raises(UnsupportedModel, match=r"the state at endpoint 0 has shape \(1, 16, 32\), not \(1, 8, 32\)"):
+        find(model, "mlp")

@@ -158,8 +158,9 @@ def find_mismatch(model: nn.Module, blocks: nn.ModuleList, layout: Layout, captu
         if [endpoint for endpoint, _ in captured] != list(range(2 * depth + 1)):
             return f"a pass over {depth} layers gives the endpoints {[endpoint for endpoint, _ in captured]}"
         states = [state for _, state in captured]
-        if wrong := [i for i, state in enumerate(states) if state.shape != states[0].shape]:
-            return f"the state at endpoint {wrong[0]} has shape {tuple(states[wrong[0]].shape)}, not {tuple(states[0].shape)}"
+        shape = (*ids.shape, states[0].shape[-1])  # a model that pads its input has states of no token of the text
+        if wrong := [i for i, state in enumerate(states) if state.shape != shape]:
+            return f"the state at endpoint {wrong[0]} has shape {tuple(states[wrong[0]].shape)}, not {shape}"
         inputs, middles = states[:-1:2], states[1::2]
         without_mlp, logits = outputs_without(layout.mlp, given=inputs)
         without_both, _ = outputs_without(layout.mlp, layout.attention, given=inputs)
