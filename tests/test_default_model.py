@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entrodrop_utils import dropping, entropy, evaluation, residual, scoring
-from entrodrop_utils.paths import ROOT
+from entrodrop_utils.paths import PACKAGE, ROOT
 from entrodrop_utils.residual import SubBlock
 
 TEXT = (
@@ -60,11 +60,14 @@ def test_the_first_token_is_a_sink_from_layer_12_on(smollm2, ids):
 def test_the_readmes_python_runs_as_written(smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     space: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
-        exec(code, space)
+    for page in (ROOT / "README.md", PACKAGE / "README.md"):
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            exec(code, space)
     assert "±" in capsys.readouterr().out
-    assert len(space["drop"]) == 4 and len(space["most"]) == space["steps"].chosen.sum() < len(space["steps"])
-    ids = torch.arange(40)[None]
-    for loaded in ("smaller", "anywhere"):
-        assert torch.equal(space[loaded](ids).logits, space["model"](ids).logits)
-    assert not torch.allclose(space["model"](ids).logits, smollm2[0](ids).logits)
+    assert len(space["drop_set"]) == 4
+    assert len(space["largest"]) == space["steps"].chosen.sum() < len(space["steps"])
+    assert set(space["scores"].task) == {"induction"}
+    ids, model = torch.arange(40)[None], space["model"]
+    with dropping.dropped(model, space["drop_set"]):
+        assert torch.equal(space["smaller"](ids).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, smollm2[0](ids).logits)

@@ -140,7 +140,7 @@ def test_the_whole_suite_runs_on_it_offline(name, tokenizers, tmp_path):
     only = "" if name == "llama-3.1-8b" else "01,02"
     fill(tmp_path / "home" / "hub", name, tokenizers)
     copy = tmp_path / "copy"
-    everywhere = shutil.ignore_patterns(".*", "__pycache__", "build", "figures", "results", "cache", "*.lock")
+    everywhere = shutil.ignore_patterns(".*", "__pycache__", "build", "figures", "cache", "*.lock")
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         return everywhere(folder, names) | ({"models"} if Path(folder) == ROOT / "data" else set())
