@@ -1,6 +1,7 @@
 """The metrics and pruning methods that the notebooks compare: which sub-blocks each drops, the cost, and paired differences."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
@@ -10,7 +11,16 @@ from ..evaluation import Estimate
 from ..layerwise import DropSet
 from ..residual import SubBlock
 from ..scoring import Metric, configured, without_first
-from ..selection import PUBLISHED_PROTECTED, count_of, deepest_first, one_shot, protected_layers, random_order, two_stage
+from ..selection import (
+    PUBLISHED_PROTECTED,
+    NoFallingStage,
+    count_of,
+    deepest_first,
+    one_shot,
+    protected_layers,
+    random_order,
+    two_stage,
+)
 from ..statistics import comparison, paired_difference
 
 
@@ -78,6 +88,19 @@ def drop_order(
         return one_shot(rows, method.metric, kind, protected=protected)
     candidates = one_shot(rows, rows[rows.kind == kind].metric.iloc[0], kind, protected=protected)
     return deepest_first(candidates) if method.rule == "deepest first" else random_order(candidates, [seed, method.draw])
+
+
+def drop_orders(
+    scores: pd.DataFrame, kinds: Iterable[str], methods: Iterable[Method], protected: Sequence[int] = PUBLISHED_PROTECTED, seed: int = 0
+) -> tuple[dict[tuple[str, Method], list[SubBlock]], list[Method]]:
+    """(kind, method) -> ``drop_order``, and the two-stage methods that are not applicable: their entropy curve has no falling stage."""
+    orders, not_applicable = {}, []
+    for kind, method in product(kinds, methods):
+        try:
+            orders[kind, method] = drop_order(scores, kind, method, protected, seed)
+        except NoFallingStage:
+            not_applicable.append(method)
+    return orders, list(dict.fromkeys(not_applicable))
 
 
 def drop_sets(orders: Mapping[tuple[str, Method], list[SubBlock]], counts: Iterable[int]) -> dict[Choice, DropSet]:
