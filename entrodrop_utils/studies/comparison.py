@@ -173,9 +173,9 @@ def depth_title(table: pd.DataFrame) -> str:
         table: as ``dropped_layers`` returns it.
     """
     depths = table.drop_duplicates("metric").set_index("metric").depth  # the one-shot rule comes first
-    here = " and ".join(f"{name} at {depths[name]:.2f}" for name in ("cosine", "bucket") if name in depths)
+    here = ", ".join(f"{name} {depths[name]:.2f}" for name in ("cosine", "bucket") if name in depths)
     published = table[table.metric == "published"].depth
-    return f"Mean depth of dropped attention: {here}; published lists {published.min():.2f} to {published.max():.2f}"
+    return f"Mean depth dropped: {here}; published lists {published.min():.2f} to {published.max():.2f}"
 
 
 def barcode_figure(table: pd.DataFrame, title: str) -> Figure:
