@@ -1,5 +1,6 @@
-"""The claims of the paper with their verdicts: one row per claim, the same columns in every notebook."""
+"""The claims of the paper with their verdicts: one row per claim, and the ledger, which judges each on its strongest evidence."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,30 @@ from jaxtyping import Float
 from .paths import PUBLISHED
 from .statistics import Interval, mean_interval, verdict
 
-COLUMNS = ("claim", "source", "published", "measured", "low", "high", "verdict")
+COLUMNS = ("claim", "source", "published", "measured", "low", "high", "goal", "verdict", "evidence")
+MEASURED = "; measured: "  # between a claim and its quantity
+BENCHMARKS, HOME_MADE, HELD_OUT = EVIDENCE = ("public benchmarks", "home-made tasks", "held-out text")  # strongest first
+SIZES = ("paper", "default")  # of runs, the one with more text first
+SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the first that is there counts
+    "bucket entropy falls, then rises": r"^bucket entropy falls.*then rises(?!.*without)",
+    "KNN entropy falls, then rises": r"^knn entropy falls.*then rises(?!.*without)",
+    "bucket entropy chooses attention layers better than cosine": r"^bucket.* beats cosine at 37\.5%",
+    "KNN entropy chooses attention layers better than cosine": r"^knn.* beats cosine at 37\.5%",
+    "bucket entropy chooses attention layers better than chance": r"^bucket beats random choices at 37\.5%",
+    "95% of accuracy stays without 37.5% of attention layers (bucket)": r"37\.5%.*by bucket keeps 95% of accuracy$",
+    "attention is more redundant than MLPs": r"^attention is more redundant than MLPs? .*by bucket",
+}
+ANSWERS = {"holds": "yes", "does not hold": "no", "inconclusive": "undecided"}
 
 
 def claim(
-    text: str, source: str, values: Float[np.ndarray, "unit"], goal: float = 0.0, published: str = "", seed: int = 0
+    text: str,
+    source: str,
+    values: Float[np.ndarray, "unit"],
+    goal: float = 0.0,
+    published: str = "",
+    seed: int = 0,
+    evidence: str = "",
 ) -> dict[str, object]:
     """A claim that the mean of paired values exceeds a goal. It holds when the whole 95% interval exceeds the goal.
 
@@ -22,24 +42,77 @@ def claim(
         source: the part of the paper that makes it.
         values: one value per resampled unit (window, item, draw).
         published: the paper's value.
+        evidence: what it was measured on: a kind of ``EVIDENCE``, a colon, and the amount.
     Returns:
-        claim, source, published, measured, low, high, verdict (holds, does not hold, inconclusive).
+        claim, source, published, measured, low, high, goal, verdict (holds, does not hold, inconclusive), evidence.
     """
-    return claim_row(text, source, published, mean_interval(values, seed), goal)
+    return claim_row(text, source, published, mean_interval(values, seed), goal, evidence)
 
 
-def claim_row(text: str, source: str, published: str, measured: Interval, goal: float = 0.0) -> dict[str, object]:
+def claim_row(
+    text: str, source: str, published: str, measured: Interval, goal: float = 0.0, evidence: str = ""
+) -> dict[str, object]:
     """The same row for a quantity whose interval was computed in another way."""
-    values = (text, source, published, *measured, verdict(measured.low, measured.high, goal))
+    values = (text, source, published, *measured, goal, verdict(measured.low, measured.high, goal), evidence)
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def join_claims(results: Path) -> None:
     """Write ``claims.csv`` of a run from the claims of its notebooks, in their order."""
-    parts = sorted(results.glob("[0-9][0-9]_claims.csv"))
+    parts = sorted(results.glob("[0-9A][0-9]_claims.csv"))
     if parts:
         joined = pd.concat([pd.read_csv(part, dtype=str, keep_default_na=False) for part in parts])
         joined.reindex(columns=COLUMNS).to_csv(results / "claims.csv", index=False, lineterminator="\n")
+
+
+def ledger(results: Path) -> pd.DataFrame:
+    """Every claim about a model once, judged on its strongest evidence: by the kind (``EVIDENCE``), then by the run (``SIZES``).
+
+    Args:
+        results: the folder of the model, with a ``claims.csv`` in the folder of each size.
+    Returns:
+        ``COLUMNS`` with the quantity in a column of its own, size, and disagrees (the weaker evidence whose verdict is another).
+    """
+    files = {size: results / size / "claims.csv" for size in SIZES}
+    tables = [pd.read_csv(file, keep_default_na=False).assign(size=size) for size, file in files.items() if file.is_file()]
+    if not tables:
+        return pd.DataFrame(columns=[*COLUMNS, "quantity", "size", "disagrees"])
+    rows = pd.concat(tables, ignore_index=True).fillna("")
+    rows[["claim", "quantity"]] = rows.claim.str.split(MEASURED, n=1, expand=True).reindex(columns=[0, 1]).fillna("")
+    kinds = rows.evidence.str.partition(":")[0]
+    rank = kinds.map({kind: place for place, kind in enumerate(EVIDENCE)}).fillna(len(EVIDENCE))
+    rows = rows.loc[rank.sort_values(kind="stable").index].rename_axis("place").reset_index()  # SIZES are in order already
+    judged = [_judged(group) for _, group in rows.groupby("claim", sort=False)]
+    return pd.DataFrame(judged).sort_values("place", ignore_index=True)[[*COLUMNS, "quantity", "size", "disagrees"]]
+
+
+def _judged(rows: pd.DataFrame) -> dict[str, object]:
+    """The first of the rows about one claim, with those whose verdict is another as text."""
+    others = rows[rows.verdict != rows.verdict.iloc[0]].itertuples()
+    texts = (f"{row.verdict} by {row.quantity} on {row.evidence or row.size}: {value_text(row)}" for row in others)
+    return rows.iloc[0].to_dict() | {"place": rows.place.min(), "disagrees": "; ".join(texts)}
+
+
+def value_text(row) -> str:
+    """Estimate and interval of a row of claims, with three digits."""
+    return f"{Interval(float(row.measured), float(row.low), float(row.high)):.3g}"
+
+
+def summary(ledgers: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The claims of ``SUMMARY`` (rows) for every model (columns): yes, no, undecided, each with its kind of evidence, or a dash."""
+    return pd.DataFrame(
+        {model: [_answer(rows, pattern) for pattern in SUMMARY.values()] for model, rows in ledgers.items()}, list(SUMMARY)
+    )
+
+
+def _answer(rows: pd.DataFrame, pattern: str) -> str:
+    """The answer of the first claim that fits."""
+    fitting = rows[rows.claim.str.contains(pattern, flags=re.IGNORECASE)]
+    if fitting.empty:
+        return "–"
+    first = fitting.iloc[0]
+    kind = first.evidence.partition(":")[0]
+    return ANSWERS[first.verdict] + (f" ({kind})" if kind else "")
 
 
 def published_figures(name: str) -> pd.DataFrame:

@@ -44,6 +44,14 @@ def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwarg
     return figure, flat
 
 
+def headed_panels(title: str, columns: int, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A row of panels under a sentence that says what they show."""
+    matplotlib.style.use(STYLE)
+    figure = Figure(figsize=(WIDTH, height))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return figure, list(figure.subplots(1, columns, squeeze=False, **kwargs).flat)
+
+
 def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-") -> None:
     """A mean with its interval: ``table`` has the columns mean, low and high."""
     axis.plot(x, table["mean"], dash, color=colour, label=label)

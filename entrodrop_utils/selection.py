@@ -10,6 +10,10 @@ from .residual import Kind, SubBlock
 PUBLISHED_PROTECTED = (0, 1, -1)  # the layers that the published EntroDrop code never drops
 
 
+class NoFallingStage(ValueError):
+    """The entropy curve does not fall, so the two-stage rule is not applicable."""
+
+
 def scores_by_layer(scores: pd.DataFrame, metric: str, kind: str) -> pd.DataFrame:
     """The scores of one metric and kind: one row per sequence, one column per layer.
 
@@ -77,14 +81,17 @@ def two_stage(scores: pd.DataFrame, metric: str, kind: Kind | str, n: int | None
     """EntroDrop's rule: keep every layer of the falling stage, then drop the smallest entropy increase of the rising stage first.
 
     Raises:
+        NoFallingStage: the curve is lowest at the first layer's input; the rule would protect nothing.
         ValueError: as ``one_shot``; the scores must hold kind "block", which gives the stages.
 
-    >>> scores = score(model, windows, ["bucket"])
-    >>> order = two_stage(scores, "bucket", "mlp")
-    >>> min(sub_block.layer for sub_block in order) >= stage_boundary(scores, "bucket")
+    >>> scores = score(model, windows, ["matrix_renyi"])
+    >>> order = two_stage(scores, "matrix_renyi", "mlp")
+    >>> min(sub_block.layer for sub_block in order) >= stage_boundary(scores, "matrix_renyi")
     True
     """
-    return one_shot(scores, metric, kind, n, protected=range(stage_boundary(scores, metric)))
+    if not (boundary := stage_boundary(scores, metric)):
+        raise NoFallingStage(f"the two-stage rule is not applicable: the {metric} entropy curve has no falling stage")
+    return one_shot(scores, metric, kind, n, protected=range(boundary))
 
 
 def random_order(candidates: Iterable[SubBlock], seed: int | list[int] = 0) -> list[SubBlock]:

@@ -6,7 +6,9 @@ import pytest
 from scipy import stats
 
 from entrodrop_utils import claims
-from entrodrop_utils.statistics import Interval
+from entrodrop_utils.paths import RESULTS, ROOT
+from entrodrop_utils.runner import index
+from entrodrop_utils.statistics import Interval, verdict
 
 
 @pytest.mark.parametrize(("goal", "verdict"), [(0.0, "holds"), (0.9, "inconclusive"), (3.0, "does not hold")])
@@ -27,11 +29,81 @@ def test_parts_are_joined_in_order_as_they_are_written(tmp_path):
         pd.DataFrame(rows).to_csv(tmp_path / f"{number}_claims.csv", index=False, float_format="%.6g")
     claims.join_claims(tmp_path)
     lines = (tmp_path / "claims.csv").read_text().splitlines()
-    assert lines[0] == "claim,source,published,measured,low,high,verdict"
-    assert lines[1:] == [f"claim of {n},abstract,,0.123457,0.333333,1,holds" for n in ("01", "02")]
+    assert lines[0] == "claim,source,published,measured,low,high,goal,verdict,evidence"
+    assert lines[1:] == [f"claim of {n},abstract,,0.123457,0.333333,1,0,holds," for n in ("01", "02")]
 
 
 def test_an_unknown_published_table_is_named_with_those_there_are():
     assert {"source", "model", "value"} <= set(claims.published_figures("others").columns)
     with pytest.raises(ValueError, match="no table 'nobody' in data/published: there are .*others"):
         claims.published_figures("nobody")
+
+
+def test_a_claim_is_judged_on_its_strongest_evidence(tmp_path):
+    rows = {
+        "default": [
+            ("a; measured: x", -1, "held-out text: 3 windows"),
+            ("a; measured: y", 2, "public benchmarks: 1 task"),
+            ("b", 1, ""),
+        ],
+        "paper": [
+            ("a; measured: x", -2, "held-out text: 9 windows"),
+            ("a; measured: z", 3, "home-made tasks: 1 task"),
+            ("b", -1, ""),
+        ],
+    }
+    for size, parts in rows.items():
+        (tmp_path / size).mkdir()
+        made = [claims.claim_row(text, "s", "", Interval(v, v - 0.5, v + 0.5), 0.0, evidence) for text, v, evidence in parts]
+        pd.DataFrame(made).to_csv(tmp_path / size / "claims.csv", index=False)
+    table = claims.ledger(tmp_path).set_index("claim")
+    assert list(table.index) == ["a", "b"]
+    assert table.loc["a", ["quantity", "verdict", "evidence"]].tolist() == ["y", "holds", "public benchmarks: 1 task"]
+    assert table.disagrees["a"].split("; ") == [
+        "does not hold by x on held-out text: 9 windows: -2 [-2.5, -1.5]",
+        "does not hold by x on held-out text: 3 windows: -1 [-1.5, -0.5]",
+    ]
+    assert table.loc["b", ["size", "verdict"]].tolist() == ["paper", "does not hold"]
+
+
+COMMITTED = sorted(RESULTS.glob("*/*/[0-9A][0-9]_claims.csv"))
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: "-".join(file.relative_to(RESULTS).parts))
+def test_every_verdict_follows_from_its_numbers_and_changes_with_them(file):
+    table = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(["measured", "low", "high", "goal"], float))
+    if "goal" not in table:
+        pytest.skip("made before claims had a goal")
+    for row in table.itertuples():
+        assert row.verdict == verdict(row.low, row.high, row.goal), row.claim
+        assert row.low <= row.measured <= row.high
+        for shift in (row.goal - row.high - 1, row.goal - row.low + 1):
+            assert verdict(row.low + shift, row.high + shift, row.goal) == (
+                "holds" if row.low + shift > row.goal else "does not hold"
+            )
+
+
+def test_claims_have_the_numbers_of_their_tables():
+    folder = RESULTS / "smollm2-135m-instruct"
+    table, differences = pd.read_csv(folder / "default/02_claims.csv"), pd.read_csv(folder / "default/02_differences.csv")
+    for metric, share, n in (("bucket", "25%", 8), ("knn", "37.5%", 11)):
+        row = table[table.claim.str.startswith(f"{metric} beats cosine at {share}")].iloc[0]
+        rows = differences[(differences.metric == metric) & (differences.rule == "one-shot") & differences.first_token]
+        other = rows[(rows.kind == "attention") & (rows.n_dropped == n)].iloc[0]
+        assert [row.measured, row.low, row.high] == pytest.approx([-other.difference, -other.high, -other.low])
+    for size in ("default", "paper"):
+        table, accuracy = (pd.read_csv(folder / size / f"04_{name}.csv") for name in ("claims", "accuracy"))
+        row = table[table.claim == "dropping 37.5% of attention layers by bucket keeps 95% of accuracy; measured: retention"].iloc[
+            0
+        ]
+        rows = accuracy[(accuracy.task == "mean") & (accuracy.metric == "bucket") & (accuracy.rule == "one-shot")]
+        other = rows[(rows.kind == "attention") & (rows.n_dropped == 11)].iloc[0]
+        assert [row.measured, row.low, row.high] == [other.retention, other.retention_low, other.retention_high]
+
+
+def test_the_front_page_and_the_ledger_are_those_of_the_committed_claims():
+    ledgers = index.committed_ledgers()
+    assert index.summary_text(ledgers) in (ROOT / "README.md").read_text()
+    for rows in ledgers.values():
+        assert index.ledger_text(rows) in (ROOT / "data" / "README.md").read_text()
+    assert set(claims.summary(ledgers)["smollm2-135m-instruct"].str.partition(" (")[0]) <= {"yes", "no", "undecided"}

@@ -3,16 +3,12 @@
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from entrodrop_utils import cache, entropy
-from entrodrop_utils.residual import SubBlock
 from entrodrop_utils.scoring import without_first
-from entrodrop_utils.statistics import Interval
-from entrodrop_utils.studies import comparison, curves
-from entrodrop_utils.studies.methods import Method
+from entrodrop_utils.studies import curves
 
 
 def test_stages_of_a_valley():
@@ -42,34 +38,3 @@ def test_functions_of_a_study_are_not_cached():
     for measure in (curves.log_scale, without_first(curves.largest_activation)):
         assert cache.subkey("base", measure) is None
     assert cache.subkey("base", without_first(entropy.bucket)) is not None
-
-
-@pytest.mark.parametrize(
-    ("verdicts", "sentence"),
-    [
-        (["worse"] * 3, "loses to cosine similarity in all 3 comparisons"),
-        (["better"] * 2, "beats cosine similarity in all 2 comparisons"),
-        (["better", "worse", "undecided", "same"], "beats cosine similarity in 1 of 4 comparisons and loses in 1"),
-    ],
-)
-def test_outcome_follows_the_verdicts(verdicts, sentence):
-    assert comparison.outcome(pd.Series(verdicts)) == sentence
-
-
-def test_a_negative_extra_cost_is_less():
-    assert comparison.extra_cost(Interval(0.47, 0.37, 0.57)) == "0.47 nats [0.37, 0.57] more"
-    assert comparison.extra_cost(Interval(-0.47, -0.57, 0.1)) == "0.47 nats [-0.10, 0.57] less"
-
-
-def test_claims_follow_the_compared_fractions():
-    losses = {"cosine": 2.0, "bucket": 3.0, "knn": 1.5}
-    by_set = {(): pd.DataFrame({"nll": [1.0, 1.1]})}
-    choices = {}
-    for number, (metric, loss) in enumerate(losses.items()):
-        drop_set = (SubBlock(number, "attention"),)
-        choices["attention", Method(metric), 3] = drop_set
-        by_set[drop_set] = pd.DataFrame({"nll": [loss, loss + 0.1]})
-    claims = comparison.paper_claims(by_set, choices, {0.5: 3})
-    assert list(claims.verdict) == ["does not hold", "holds", *["does not hold"] * 3]  # no MLPs, so no claim about them
-    assert claims.claim.str.contains("50% of attention layers").all()
-    assert (claims.published[2:] == "").all()  # the paper reports 37.5%

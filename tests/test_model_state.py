@@ -411,10 +411,10 @@ def test_in_a_model_of_few_layers_all_are_protected_and_that_is_said(layers, win
 def test_in_a_model_of_few_layers_every_way_to_drop_says_what_is_left(layers, windows):
     model = tiny_llama(layers)
     scores = scoring.score(model, windows, ["bucket"])
-    order = selection.two_stage(scores, "bucket", "mlp")
-    assert 1 <= len(order) <= layers
+    order = selection.one_shot(scores, "bucket", "mlp", protected=())
+    assert len(order) == layers
     with pytest.raises(ValueError, match=f"cannot drop {layers + 1} of {layers} sub-blocks of kind mlp: {len(order)} are not"):
-        selection.two_stage(scores, "bucket", "mlp", layers + 1)
+        selection.one_shot(scores, "bucket", "mlp", layers + 1, protected=())
     for kind, says in (("attention", "cannot drop every attention layer"), ("block", f"cannot drop all {layers} blocks")):
         with pytest.raises(ValueError, match=says), dropping.dropped(model, [SubBlock(i, kind) for i in range(layers)]):
             pass

@@ -92,7 +92,7 @@ def test_a_default_run_goes_into_place_and_gives_the_same_bytes_twice(project, c
     first = table.read_bytes(), book.read_bytes(), (project / "README.md").read_bytes()
     assert b"0.333333,25\n" in first[0]
     assert nbformat.read(book, 4).cells[0].source.endswith("> **Finding:** Seed 0 gives 0.5 [0.4, 0.6].")
-    assert "| [99](notebooks/99_small.ipynb) | Does it run? | Seed 0 gives 0.5 [0.4, 0.6]. |" in first[2].decode()
+    assert "| [99 · A small notebook](notebooks/99_small.ipynb) | Seed 0 gives 0.5 [0.4, 0.6]. |" in first[2].decode()
     assert first[2].decode().startswith("before\n")
     assert first[2].decode().endswith("after\n")
     assert run() == 0

@@ -43,6 +43,12 @@ def test_two_stage_keeps_the_whole_falling_stage():
         selection.two_stage(SCORES, "m", "attention", 6)
 
 
+def test_two_stage_is_refused_where_the_curve_never_falls():
+    rising = pd.concat([table("attention", [1, 2, 3]), table("block", [1, 1, 1])])
+    with pytest.raises(selection.NoFallingStage, match="not applicable: the m entropy curve has no falling stage"):
+        selection.two_stage(rising, "m", "attention")
+
+
 def test_ties_go_by_depth():
     assert [s.layer for s in selection.one_shot(table("mlp", [1, 1, 1, 1]), "m", "mlp", protected=())] == [0, 1, 2, 3]
 

@@ -1,4 +1,4 @@
-"""Intervals against plain loops and scipy, rank agreement against a count of pairs, and the words for what an interval decides."""
+"""Intervals against scipy and plain loops, rank agreement against a count of pairs, and the words for what an interval decides."""
 
 import numpy as np
 import pandas as pd
@@ -7,46 +7,75 @@ from scipy import stats
 
 from entrodrop_utils.statistics import (
     Interval,
+    bootstrap_means,
     comparison,
     curve_table,
+    ends,
+    half_interval,
+    half_means,
     interval_table,
     kendall_interval,
     mean_interval,
     paired_difference,
+    share_interval,
     verdict,
 )
 
 
-def test_bootstrap_interval_against_a_plain_loop():
-    values = np.random.default_rng(1).normal(3, 2, size=40)
-    table = pd.DataFrame({"sequence": range(40), "value": values, "layer": 0})
-    found = interval_table(table, ["layer"]).iloc[0]
-    generator = np.random.default_rng(7)
-    means = [generator.choice(values, 40).mean() for _ in range(4000)]
-    assert found["mean"] == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.12)
+def test_the_interval_of_a_mean_is_that_of_the_t_test():
+    values, reference = np.random.default_rng(0).normal(1, 1, (2, 14))
+    for got, units in ((mean_interval(values), values), (paired_difference(values, reference), values - reference)):
+        test = stats.ttest_1samp(units, 0)
+        assert got == pytest.approx((units.mean(), *test.confidence_interval(0.95)))
+        assert mean_interval(units, confidence=0.9)[1:] == pytest.approx(tuple(test.confidence_interval(0.9)))
+    table = pd.DataFrame({"sequence": range(14), "value": values, "layer": 0})
+    assert tuple(interval_table(table, ["layer"]).iloc[0, 1:]) == pytest.approx(mean_interval(values))
+
+
+def test_one_unit_has_no_interval_and_gives_no_verdict():
+    lonely = [mean_interval(np.array([2.0])), kendall_interval(np.arange(5.0)[None], np.arange(5.0)[None])]
+    for estimate, low, high in lonely:
+        assert np.isfinite(estimate)
+        assert np.isnan([low, high]).all()
+        assert verdict(low, high) == "inconclusive"
 
 
 def test_agreement_counts_pairs_of_layers_in_the_same_order():
-    one, other = np.random.default_rng(0).normal(size=(2, 30, 7)) + np.arange(7)
-    a, b = one.mean(0), other.mean(0)
+    scores, reference = np.random.default_rng(0).normal(size=(2, 30, 7)) + np.arange(7)
+    a, b = scores.mean(0), reference.mean(0)
     pairs = [(i, j) for i in range(7) for j in range(i)]
     by_hand = np.mean([np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in pairs])
-    tau, low, high = kendall_interval(one, other)
+    tau, low, high = kendall_interval(scores, reference)
     assert tau == pytest.approx(by_hand)
-    assert low <= tau <= high
-    assert low < high
-    assert kendall_interval(one, one) == (1, 1, 1)
-    assert kendall_interval(one, -one)[0] == -1
-    assert np.isnan(kendall_interval(one, np.zeros_like(one))).all()
+    assert low < tau < high
+    assert kendall_interval(scores, scores) == (1, 1, 1)
+    assert kendall_interval(scores, -scores)[0] == -1
+    assert np.isnan(kendall_interval(scores, np.zeros_like(scores))).all()
 
 
-def test_the_interval_of_a_mean_is_nearly_that_of_a_normal_distribution():
-    values, reference = np.random.default_rng(0).normal(1, 1, (2, 400))
-    for found, units in ((mean_interval(values), values), (paired_difference(values, reference), values - reference)):
-        want = stats.norm.interval(0.95, units.mean(), units.std() / 20)
-        assert found.estimate == pytest.approx(units.mean())
-        assert found[1:] == pytest.approx(want, abs=0.03)
+@pytest.mark.parametrize("n", [7, 14])
+def test_halves_of_a_sample_give_the_interval_of_its_mean(n):
+    values = np.random.default_rng(0).normal(size=n)
+    halves = half_means(values, 4000)
+    assert half_interval(values.mean(), halves, n)[1:] == pytest.approx(mean_interval(values)[1:], abs=0.03)
+    sizes = np.array([n // 2] * 2000 + [n - n // 2] * 2000)
+    assert halves[:2000] * sizes[:2000] + halves[2000:] * sizes[2000:] == pytest.approx(values.sum())  # complements
+
+
+def test_a_share_has_the_interval_of_wilson():
+    n, share, z = 100, 0.3, stats.norm.ppf(0.975)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    got = share_interval(np.arange(n) < share * n)
+    assert got.estimate == share
+    assert (got.low + got.high) / 2 == pytest.approx(centre)
+    assert got.high - centre == pytest.approx(z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
+
+
+def test_bootstrap_ends_against_a_plain_loop():
+    values = np.random.default_rng(1).normal(3, 2, size=40)
+    generator = np.random.default_rng(7)
+    means = [generator.choice(values, 40).mean() for _ in range(4000)]
+    assert ends(bootstrap_means(values)) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.12)
 
 
 def test_the_interval_of_a_curve_is_that_of_each_of_its_points():

@@ -6,10 +6,11 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from ..claims import ledger, summary, value_text
 from ..files import write_text
 from ..paths import PACKAGE, RESULTS, ROOT
-from ..profile import DEFAULT_MODEL, DEFAULT_SIZE
-from .checks import NAVIGATION, available, finding, question, title
+from ..profile import DEFAULT_MODEL
+from .checks import NAVIGATION, available, finding, title
 
 HEADLINE = ("01_layerwise_entropy", "02_entropy_vs_cosine", "04_accuracy_tables")  # whose findings open the README
 
@@ -27,23 +28,45 @@ def update_index() -> None:
         notebooks[path].cells = [cell for cell in notebooks[path].cells if cell.id != NAVIGATION] + [links]
         write_notebook(notebooks[path], path)
     readme = ROOT / "README.md"
-    rows = [
-        (f"[{path.stem.split('_')[0]}](notebooks/{path.name})", question(notebook), finding(notebook))
-        for path, notebook in notebooks.items()
-    ]
-    put(readme, "notebooks", markdown_table(["", "question", "answer"], rows))
+    rows = [(f"[{titles[path]}](notebooks/{path.name})", finding(notebook)) for path, notebook in notebooks.items()]
+    put(readme, "notebooks", markdown_table(["notebook", "answer"], rows))
     put(readme, "headline", "\n".join(f"- {finding(notebook)}" for path, notebook in notebooks.items() if path.stem in HEADLINE))
-    if (file := RESULTS / DEFAULT_MODEL / DEFAULT_SIZE / "claims.csv").exists():
-        claims = [
-            (row.claim, row.source, row.published, f"{row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]", row.verdict)
-            for row in pd.read_csv(file, keep_default_na=False).itertuples()
-        ]
-        columns = ["claim", "in the paper", "published", "measured, 95% interval", "verdict"]
-        put(ROOT / "data" / "README.md", "claims", markdown_table(columns, claims))
+    if ledgers := committed_ledgers():
+        put(readme, "summary", summary_text(ledgers))
+        put(
+            ROOT / "data" / "README.md",
+            "claims",
+            "\n\n".join(f"### {name}\n\n{ledger_text(rows)}" for name, rows in ledgers.items()),
+        )
     if (file := RESULTS / "families.csv").exists():
         families = pd.read_csv(file)
         table = markdown_table(families.columns, families.itertuples(index=False))
         put(PACKAGE / "families" / "README.md", "families", table)
+
+
+def committed_ledgers() -> dict[str, pd.DataFrame]:
+    """The ledger of every model with committed claims, the default model first."""
+    models = sorted(
+        (folder.name for folder in RESULTS.glob("*/") if list(folder.glob("*/claims.csv"))), key=lambda m: (m != DEFAULT_MODEL, m)
+    )
+    return {model: ledger(RESULTS / model) for model in models}
+
+
+def ledger_text(rows: pd.DataFrame) -> str:
+    """A ledger as a table in Markdown."""
+    columns = ["claim", "in the paper", "measured, 95% interval", "verdict", "evidence", "weaker evidence that disagrees"]
+    cells = [
+        (row.claim, row.source, f"{row.quantity}: {value_text(row)}", row.verdict, row.evidence or f"run {row.run}", row.disagrees)
+        for row in rows.rename(columns={"size": "run"}).itertuples()
+    ]
+    return markdown_table(columns, cells)
+
+
+def summary_text(ledgers: dict[str, pd.DataFrame]) -> str:
+    """The claims of the front page for every model, as a table in Markdown whose heads link to the ledgers."""
+    table = summary(ledgers)
+    columns = ["claim", *(f"[{model}](data/README.md#{model})" for model in table)]
+    return markdown_table(columns, table.reset_index().itertuples(index=False))
 
 
 def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

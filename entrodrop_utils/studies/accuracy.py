@@ -16,13 +16,12 @@ from ..claims import COLUMNS as CLAIM_COLUMNS
 from ..claims import claim_row, published_figures
 from ..evaluation import losses_by_set
 from ..layerwise import DropSet, set_name
-from ..residual import SubBlock
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
 from ..statistics import Interval, comparison, ends, interval_text
 from ..tasks.local_tasks import task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
-from .methods import RANDOM, Choice, Method, drop_order, drop_sets, losses_of, with_labels
+from .methods import RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
 
 BEST_OTHER = "best other"  # stands for the metric, of those that are not named, with the least loss on validation text
 DENSE = Method("dense", "none")
@@ -74,12 +73,10 @@ def losses_by_metric(
 def choices_by_kind(
     scores: pd.DataFrame, methods: Sequence[Method], counts: Mapping[str, Sequence[int]], protected: Sequence[int], seed: int
 ) -> dict[Choice, DropSet]:
-    """The set that every method drops, for each count of each kind."""
+    """The set that every applicable method drops, for each count of each kind."""
     choices: dict[Choice, DropSet] = {}
     for kind, numbers in counts.items():
-        orders: dict[tuple[str, Method], list[SubBlock]] = {}
-        if numbers:
-            orders = {(kind, method): drop_order(scores, kind, method, protected, seed) for method in methods}
+        orders, _ = drop_orders(scores, [kind] if numbers else [], methods, protected, seed)
         choices |= drop_sets(orders, numbers)
     return choices
 

@@ -1,20 +1,21 @@
-"""The comparison of entropy with cosine similarity: agreement of rankings, costs of pruning, and the paper's claims about them."""
+"""The comparison of entropy with cosine similarity and with random choices: rankings, costs of pruning, and the paper's claims."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..claims import COLUMNS, claim
+from ..claims import COLUMNS, HELD_OUT, claim, claim_row, published_figures
 from ..entropy import ESTIMATORS
-from ..figures import COLOURS, MARKERS, log_axis, panels
+from ..figures import COLOURS, headed_panels
 from ..layerwise import DropSet
 from ..residual import KINDS
 from ..similarity import SIMILARITIES
 from ..statistics import Interval, kendall_interval
-from .methods import METHOD_COLUMNS, RANDOM, Choice, Method
+from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, distinct
 
 COSINE = Method("cosine")
 RULES = ("one-shot", "two-stage")
@@ -22,8 +23,9 @@ PAPER_METHODS = [Method(metric, rule) for metric, rule in product(("bucket", "kn
 MAIN_METHODS = [*PAPER_METHODS, *(Method(name) for name in SIMILARITIES)]
 WITHOUT_FIRST = [Method(metric, first_token=False) for metric in ("bucket", "knn")]
 DEEPEST = Method("depth", "deepest first")
-DASHES = {"two-stage": ":", "angular": "--", "norm_ratio": "-."}  # of a rule or a metric; the others are solid
-PAPER_FRACTION, PAPER_SHARE = 0.375, 0.95  # of the attention layers that the paper drops, and of the accuracy that it keeps
+DRAWN = [COSINE, *(method for name in ("knn", "bucket") for method in PAPER_METHODS if method.metric == name), DEEPEST]
+KIND_NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
+GREY = "#8a8a8a"  # context
 
 
 def all_methods(n_random: int) -> list[Method]:
@@ -31,6 +33,16 @@ def all_methods(n_random: int) -> list[Method]:
     entropies = [Method(*parts) for parts in product(ESTIMATORS, RULES, (True, False))]
     random = [Method(RANDOM, RANDOM, draw=draw) for draw in range(n_random)]
     return [*entropies, *(Method(name) for name in SIMILARITIES), *random, DEEPEST]
+
+
+def to_measure(choices: Mapping[Choice, DropSet], compared: Iterable[int], draws: Mapping[str, int]) -> dict[Choice, DropSet]:
+    """The choices without those random ones that are not at a compared number, or beyond the number of draws of their kind."""
+    compared = set(compared)
+
+    def is_wanted(kind: str, method: Method, n: int) -> bool:
+        return method.rule != RANDOM or (n in compared and method.draw < draws[kind])
+
+    return {choice: drop_set for choice, drop_set in choices.items() if is_wanted(*choice)}
 
 
 def is_method(table: pd.DataFrame, methods: Sequence[Method]) -> pd.Series:
@@ -54,32 +66,138 @@ def rank_agreement(scores: pd.DataFrame, reference: str = "cosine", seed: int = 
     return pd.DataFrame(rows, columns=["kind", "metric", "first_token", "tau", "low", "high"])
 
 
-def cost_figure(pruning: pd.DataFrame, shown: Sequence[Method]) -> Figure:
-    """Loss increase against the number dropped, a panel per kind, over the band of the random draws' range.
+def cost_figure(pruning: pd.DataFrame, n: int, depth: int, title: str) -> Figure:
+    """Loss increase of ``DRAWN`` without ``n`` of ``depth`` sub-blocks, a panel per kind, over the range of the random draws.
 
     Args:
-        pruning: kind, the method's columns, n_dropped, increase.
+        pruning: kind, the method's columns, n_dropped, increase (nats per token).
     """
-    figure, axes = panels(1, len(KINDS), height=2.9)
+    rows = pruning[(pruning.n_dropped == n) & (pruning.increase > 0)]  # a logarithmic axis
+    shown = [method for method in DRAWN if is_method(rows, [method]).any()]
+    figure, axes = headed_panels(title, len(KINDS), 0.8 + 0.26 * (len(shown) + 2), sharey=True, sharex=True)
     for axis, kind in zip(axes, KINDS, strict=True):
-        of_kind = pruning[pruning.kind == kind]
-        draws = of_kind[of_kind.rule == RANDOM].groupby("n_dropped").increase.agg(["min", "max"])
-        look = {"color": COLOURS[RANDOM], "alpha": 0.35, "label": "random, range"}
-        if len(draws) > 1:
-            axis.fill_between(draws.index, draws["min"], draws["max"], linewidth=0, **look)
-        elif len(draws):  # a band needs two counts
-            axis.bar(draws.index, draws["max"] - draws["min"], 0.4, draws["min"], **look)
-        for method in shown:
-            rows = of_kind[is_method(of_kind, [method])]
-            dash = DASHES.get(method.rule) or DASHES.get(method.metric, "-")
-            colour = COLOURS[method.metric]
-            look = {"color": colour, "marker": MARKERS[method.metric], "label": method.label}
-            face = "white" if method.rule == "two-stage" else colour
-            axis.plot(rows.n_dropped, rows.increase, dash, markerfacecolor=face, **look)
-        axis.set(title=kind.replace("mlp", "MLP"), xlabel="number dropped", xticks=sorted(set(of_kind.n_dropped)))
-        log_axis(axis)
-    axes[0].set_ylabel("loss increase (nats per token)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        of_kind = rows[rows.kind == kind]
+        draws = of_kind[of_kind.rule == RANDOM].increase
+        if len(draws):
+            axis.axvspan(draws.min(), draws.max(), color="#ededed", linewidth=0)
+            axis.plot(draws, np.full(len(draws), len(shown)), "|", color=GREY, markersize=10, markeredgewidth=0.9)
+        for place, method in enumerate(shown):
+            for increase in of_kind[is_method(of_kind, [method])].increase:
+                colour = GREY if method == DEEPEST else COLOURS[method.metric]
+                face = "white" if method.rule == "two-stage" else colour
+                axis.plot(increase, place, "o", color=colour, markerfacecolor=face, markersize=7)
+                axis.annotate(f"{increase:.2g}", (increase, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(False, axis="y")
+        axis.set_title(f"{n} of {depth} {KIND_NAMES[kind]}")
+        axis.margins(x=0.18)
+    names = [*(method_name(method) for method in shown), "random draws"]
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.supxlabel("loss increase (nats per token, log scale; left is better)", fontsize=9)
+    return figure
+
+
+def cost_title(pruning: pd.DataFrame, places: pd.DataFrame, n: int) -> str:
+    """What the figure of costs shows at ``n``: for which kinds cosine costs least, and how entropy does against random draws."""
+    of_n = pruning[(pruning.n_dropped == n) & (pruning.rule == "one-shot") & pruning.first_token]
+    costs = of_n[of_n.metric.isin(["bucket", "knn", "cosine"])].pivot_table("increase", "kind", "metric", sort=False)
+    kinds = [KIND_NAMES[kind] for kind in costs.index[costs.idxmin(axis=1) == "cosine"]]
+    where = "every kind" if len(kinds) == len(costs) else " and ".join(kinds) or "no kind"
+    entropy = distinct(places[(places.n_dropped == n) & is_method(places, PAPER_METHODS)])
+    n_better = (entropy.verdict == "better").sum()
+    return f"Cosine beats entropy for {where}; {n_better} of {len(entropy)} entropy sets beat most random sets"
+
+
+def method_name(method: Method) -> str:
+    """A method in a figure."""
+    if method == DEEPEST:
+        return method.label
+    label = method.label.replace("knn", "KNN")
+    return f"entropy, {label}" if method.metric in ESTIMATORS else label
+
+
+def difference_figure(differences: pd.DataFrame, counts: Sequence[int], title: str) -> Figure:
+    """Loss minus that of cosine similarity with its interval, a panel per kind: filled at the largest count, hollow at the others.
+
+    Args:
+        differences: as ``methods.compared_with`` returns it.
+    """
+    candidates = [*PAPER_METHODS, *WITHOUT_FIRST, *(Method(name) for name in SIMILARITIES)]
+    shown = [method for method in candidates if is_method(differences, [method]).any()]
+    figure, axes = headed_panels(title, len(KINDS), 0.8 + 0.3 * len(shown), sharey=True)
+    for axis, kind in zip(axes, KINDS, strict=True):
+        of_kind = differences[differences.kind == kind]
+        axis.axvline(0, color="black", linewidth=1)
+        for (place, method), n in product(enumerate(shown), sorted(counts)):
+            rows = of_kind[is_method(of_kind, [method]) & (of_kind.n_dropped == n)]
+            largest = n == max(counts)
+            colour = COLOURS[method.metric] if method.metric in ESTIMATORS else GREY
+            for row in rows.itertuples():
+                y = place + (0.13 if largest else -0.13)
+                axis.plot([row.low, row.high], [y, y], color=colour, linewidth=2, alpha=0.6)
+                axis.plot(row.difference, y, "o", color=colour, markerfacecolor=colour if largest else "white", markersize=5)
+        axis.grid(False, axis="y")
+        axis.set_title(KIND_NAMES[kind])
+    axes[0].set_yticks(range(len(shown)), [method.label.replace("knn", "KNN") for method in shown])
+    axes[0].set_ylim(len(shown) - 0.4, -0.6)
+    figure.supxlabel("loss minus that of cosine (nats per token; left of 0 is better)", fontsize=9)
+    return figure
+
+
+def dropped_layers(pruning: pd.DataFrame, n: int, depth: int) -> pd.DataFrame:
+    """The attention layers that ``DRAWN`` drops, and published lists: name, metric, n_layers, layers, depth (mean, 0 to 1)."""
+    rows = pruning[(pruning.kind == "attention") & (pruning.n_dropped == n)]
+    ours = [
+        (method_name(method), method.metric, depth, dropped)
+        for method in DRAWN
+        for dropped in rows[is_method(rows, [method])].dropped
+    ]
+    lists = published_figures("others")
+    lists = lists[(lists.unit == "attention") & lists.metric.isin(["first dropped first", "layers"])]
+    published = [
+        (f"{row.method}, {row.model.partition(' (')[0]}", "published", int(row.n_total), row.value) for row in lists.itertuples()
+    ]
+    table = pd.DataFrame([*ours, *published], columns=["name", "metric", "n_layers", "layers"])
+    means = [np.mean([(int(layer) + 0.5) / row.n_layers for layer in row.layers.split()]) for row in table.itertuples()]
+    return table.assign(depth=means)
+
+
+def depth_title(table: pd.DataFrame) -> str:
+    """Where cosine and bucket entropy drop attention layers, and where the published lists do.
+
+    Args:
+        table: as ``dropped_layers`` returns it.
+    """
+    depths = table.drop_duplicates("metric").set_index("metric").depth  # the one-shot rule comes first
+    here = ", ".join(f"{name} {depths[name]:.2f}" for name in ("cosine", "bucket") if name in depths)
+    published = table[table.metric == "published"].depth
+    return f"Mean depth dropped: {here}; published lists {published.min():.2f} to {published.max():.2f}"
+
+
+def barcode_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Every list of dropped layers as a barcode over relative depth.
+
+    Args:
+        table: as ``dropped_layers`` returns it.
+    """
+    figure, (axis,) = headed_panels(title, 1, 0.9 + 0.27 * len(table))
+    for place, row in enumerate(table.itertuples()):
+        width, colour = 1 / row.n_layers, COLOURS.get(row.metric, GREY)
+        axis.broken_barh([(layer * width, 0.9 * width) for layer in range(row.n_layers)], (place - 0.36, 0.72), color="#ededed")
+        bars = [(int(layer) * width, 0.9 * width) for layer in row.layers.split()]
+        axis.broken_barh(bars, (place - 0.36, 0.72), color=colour)
+        axis.plot([row.depth], [place + 0.43], "^", color="black", markersize=4, clip_on=False)
+    axis.set_yticks(range(len(table)), table.name)
+    axis.set(
+        ylim=(len(table) - 0.3, -0.6),
+        xlim=(0, 1),
+        xlabel="relative depth; triangle: mean",
+    )
+    axis.grid(False)
     return figure
 
 
@@ -91,21 +209,19 @@ def cost_table(pruning: pd.DataFrame, value: str, shown: Sequence[Method]) -> pd
     return pruning.assign(method=names).pivot_table(value, "method", ["kind", "n_dropped"], sort=False)
 
 
-def share_of_draws_above(pruning: pd.DataFrame) -> pd.DataFrame:
-    """The table without its random draws, with the column ``share``: of the draws of the same kind and count that cost more."""
-    draws = pruning[pruning.rule == RANDOM].groupby(["kind", "n_dropped"]).nll.agg(list).rename("draws")
-    table = pruning[pruning.rule != RANDOM].join(draws, on=["kind", "n_dropped"], how="inner")
-    shares = [float(np.mean(np.array(row.draws) > row.nll)) for row in table.itertuples()]
-    return table.drop(columns="draws").assign(share=shares)
-
-
 def paper_claims(
-    by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choice, DropSet], compared: Mapping[float, int], seed: int = 0
+    by_set: Mapping[DropSet, pd.DataFrame],
+    choices: Mapping[Choice, DropSet],
+    compared: Mapping[float, int],
+    places: pd.DataFrame,
+    amount: str,
 ) -> pd.DataFrame:
-    """The paper's claims about pruning: entropy against cosine, the retention that it reports, attention against MLP.
+    """The paper's claims about pruning: entropy against cosine, entropy against random choices, attention against MLP.
 
     Args:
-        compared: the compared fractions and their numbers of sub-blocks; the last two claims are about the largest.
+        compared: the compared fractions and their numbers of sub-blocks; the last claims are about the largest.
+        places: as ``methods.place_among_draws`` returns it.
+        amount: of the held-out text.
     Returns:
         the columns of a claim; a claim is left out where one of its choices was not measured.
     """
@@ -114,33 +230,35 @@ def paper_claims(
         for (kind, method, n), drop_set in choices.items()
         if method.rule == "one-shot" and method.first_token
     }
-    dense, largest, rows = by_set[()].nll.to_numpy(), max(compared), []
-    share, n = f"{100 * largest:g}%", compared[largest]
+    largest, rows, evidence = max(compared), [], f"{HELD_OUT}: {amount}"
     for metric, (fraction, count) in product(("bucket", "knn"), compared.items()):
         pair = [losses.get(("attention", name, count)) for name in ("cosine", metric)]
         if all(loss is not None for loss in pair):
             text = f"{metric} beats cosine at {100 * fraction:g}% of attention layers; measured: nats per token saved"
-            rows.append(claim(text, "abstract", pair[0] - pair[1], published="better", seed=seed))
+            rows.append(claim(text, "abstract", pair[0] - pair[1], published="better", evidence=evidence))
+    for metric, (fraction, count) in product(("bucket", "knn"), compared.items()):
+        place = places[(places.kind == "attention") & (places.n_dropped == count) & is_method(places, [Method(metric)])]
+        for row in place.itertuples():
+            text = (
+                f"{metric} beats random choices at {100 * fraction:g}% of attention layers; measured: share of draws that cost more"
+            )
+            share = Interval(row.share, row.low, row.high)
+            rows.append(claim_row(text, "implied", "", share, 0.5, f"{evidence}; {row.draws} draws"))
     for metric in ("bucket", "knn", "cosine"):
-        attention, mlp = (losses.get((kind, metric, n)) for kind in ("attention", "mlp"))
-        if attention is not None:
-            what = f"dropping {share} of attention layers by {metric} keeps {PAPER_SHARE:.0%} of performance"
-            text = f"{what}; measured: share of the likelihood per token (the paper: of accuracy)"
-            published = f"> {PAPER_SHARE}" if metric != "cosine" and largest == PAPER_FRACTION else ""
-            rows.append(claim(text, "results", np.exp(dense - attention), PAPER_SHARE, published, seed))
+        attention, mlp = (losses.get((kind, metric, compared[largest])) for kind in ("attention", "mlp"))
         if attention is not None and mlp is not None:
-            what = f"attention is more redundant than MLP ({share} by {metric})"
+            what = f"attention is more redundant than MLP ({100 * largest:g}% by {metric})"
             text = f"{what}; measured: extra loss of dropping MLPs in nats per token"
-            rows.append(claim(text, "results", mlp - attention, published="more redundant", seed=seed))
+            rows.append(claim(text, "results", mlp - attention, published="more redundant", evidence=evidence))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def outcome(verdicts: pd.Series) -> str:
-    """How entropy does against cosine similarity in these comparisons, as the predicate of a sentence."""
+    """How entropy does against cosine similarity in these distinct comparisons, as the predicate of a sentence."""
     n, wins, losses = len(verdicts), (verdicts == "better").sum(), (verdicts == "worse").sum()
     if max(wins, losses) == n > 0:
-        return f"{'beats' if wins else 'loses to'} cosine similarity in all {n} comparisons"
-    return f"beats cosine similarity in {wins} of {n} comparisons and loses in {losses}"
+        return f"{'beats' if wins else 'loses to'} cosine similarity in all {n} distinct comparisons"
+    return f"beats cosine similarity in {wins} of {n} distinct comparisons and loses in {losses}"
 
 
 def extra_cost(difference: Interval, spec: str = ".2f") -> str:

@@ -15,7 +15,7 @@ from .methods import Method
 SETTING_COLUMNS = ["kind", "n_dropped", "metric", "rule", "first_token", "claim"]
 COLUMNS = ["model", "quantity", *SETTING_COLUMNS, "agreement"]
 TAU, SIDE, VERDICT = "tau of the rankings", "same side of cosine", "same verdict"
-FILES = ("01_claims.csv", "02_scores.csv", "02_pruning.csv", "02_claims.csv")
+FILES = ("01_claims.csv", "02_scores.csv", "02_pruning.csv", "02_claims.csv", "04_claims.csv")
 
 
 def size_check(profile: Profile, models: Iterable[str], sizes: tuple[str, str] | list[str]) -> pd.DataFrame:
@@ -26,7 +26,7 @@ def size_check(profile: Profile, models: Iterable[str], sizes: tuple[str, str] |
         (what the row is about, as far as it applies), agreement.
     """
     checks = [(TAU, "02_scores.csv", _ranking_taus), (SIDE, "02_pruning.csv", _same_sides)]
-    checks += [(VERDICT, name, _same_verdicts) for name in ("01_claims.csv", "02_claims.csv")]
+    checks += [(VERDICT, name, _same_verdicts) for name in FILES if name.endswith("claims.csv")]
     tables = []
     for model, (quantity, name, measure) in itertools.product(models, checks):
         pair = [_committed(profile, model, size, name) for size in sizes]
