@@ -8,18 +8,20 @@ import pandas as pd
 from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from scipy.stats import norm
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import figures
+from ..claims import BENCHMARKS, HOME_MADE, claim_row, published_figures
 from ..claims import COLUMNS as CLAIM_COLUMNS
-from ..claims import claim_row, published_figures
 from ..evaluation import losses_by_set
 from ..layerwise import DropSet, set_name
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
 from ..statistics import Interval, comparison, ends, interval_text
-from ..tasks.local_tasks import task_cards
+from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
 from .methods import RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
 
@@ -29,8 +31,7 @@ PAPER_COUNT = ("retention", "retention_low", "retention_high")
 ABOVE_CHANCE = ("retention_above_chance", "above_chance_low", "above_chance_high")
 COLUMNS = ["metric", "rule", "draw", "best_other", "kind", "n_dropped", "task", "task_metric", "value", "stderr", "chance", "n"]
 COLUMNS += ["retention", "retention_above_chance", *PAPER_COUNT[1:], *ABOVE_CHANCE[1:], "note"]
-SAME_SHARE = 0.07  # fractions of dropped layers of two models that differ by less stand side by side
-COUNTERPART = {"EntroDrop": "bucket", "ShortGPT": "cosine"}  # published method -> our metric
+KIND_NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
 
 
 class Retentions(NamedTuple):
@@ -72,13 +73,13 @@ def losses_by_metric(
 
 def choices_by_kind(
     scores: pd.DataFrame, methods: Sequence[Method], counts: Mapping[str, Sequence[int]], protected: Sequence[int], seed: int
-) -> dict[Choice, DropSet]:
-    """The set that every applicable method drops, for each count of each kind."""
-    choices: dict[Choice, DropSet] = {}
+) -> tuple[dict[Choice, DropSet], list[Method]]:
+    """The set that every method drops, for each count of each kind, and the methods that are not applicable."""
+    orders, refused = drop_orders(scores, [kind for kind in counts if counts[kind]], methods, protected, seed)
+    choices = {}
     for kind, numbers in counts.items():
-        orders, _ = drop_orders(scores, [kind] if numbers else [], methods, protected, seed)
-        choices |= drop_sets(orders, numbers)
-    return choices
+        choices |= drop_sets({key: order for key, order in orders.items() if key[0] == kind}, numbers)
+    return choices, refused
 
 
 def accuracy_table(
@@ -140,6 +141,32 @@ def dense_table(accuracy: pd.DataFrame, model: str = "") -> pd.DataFrame:
     return table
 
 
+def floor(accuracy: pd.DataFrame) -> float:
+    """The retention of guessing: the mean chance of the tasks over the dense model's mean accuracy."""
+    dense = accuracy[(accuracy.metric == DENSE.metric) & (accuracy.task == "mean")].iloc[0]
+    return float(dense.chance / dense.value)
+
+
+def selection_bias(accuracy: pd.DataFrame) -> float:
+    """How far the choice of tasks as above chance inflates the dense model's mean above chance on the same items, as a share of it.
+
+    The expectation of a normal accuracy, given that it exceeds chance by two standard errors, less its mean, which is taken to be
+    the measured value.
+    """
+    dense = dense_table(accuracy)
+    dense = dense[dense["above chance"] == "yes"]
+    excess = dense.value - dense.chance
+    threshold = 2 - excess / dense.stderr  # in standard errors from the mean
+    return float((dense.stderr * norm.pdf(threshold) / norm.sf(threshold)).mean() / excess.mean())
+
+
+def evidence_of(accuracy: pd.DataFrame) -> str:
+    """What a table of accuracies was measured on: the kind of tasks, their number and that of their items."""
+    dense = dense_table(accuracy)
+    kind = HOME_MADE if all(map(is_local_task, dense.index)) else BENCHMARKS
+    return f"{kind}: {len(dense)} tasks, {dense.n.sum()} items"
+
+
 def unmeasured(accuracy: pd.DataFrame) -> list[str]:
     """The tasks whose data are not on the machine."""
     return accuracy[accuracy.note.fillna("") != ""].task.unique().tolist()
@@ -169,21 +196,34 @@ def retention_table(accuracy: pd.DataFrame) -> pd.DataFrame:
     return means[["kind", "n_dropped", "method"]].assign(accuracy=means.value.round(3), **texts).reset_index(drop=True)
 
 
-def retention_sentences(accuracy: pd.DataFrame, n: int, metrics: Sequence[str], tasks: str) -> str:
-    """Both retentions without ``n`` attention layers by each metric in one shot, as text.
-
-    Args:
-        tasks: what the tasks are called.
-    """
-    dense, means = dense_table(accuracy), mean_rows(accuracy)
-    rows = means[(means.kind == "attention") & (means.n_dropped == n) & (means.rule == "one-shot") & means.metric.isin(metrics)]
+def retention_sentences(accuracy: pd.DataFrame, n: int, metrics: Sequence[str]) -> str:
+    """Both retentions without ``n`` attention layers by each metric in one shot, beside that of guessing, as text."""
+    dense, rows = dense_table(accuracy), _headline_rows(accuracy, n, metrics)
     paper, above = (
         ", ".join(f"{text} by {metric}" for metric, text in zip(rows.metric, interval_text(rows, columns, ".0%"), strict=True))
         for columns in (PAPER_COUNT, ABOVE_CHANCE)
     )
     n_above = (dense["above chance"] == "yes").sum()
     return (
-        f"Retention on {len(dense)} {tasks}: {paper or 'not measured'}. Above chance, {n_above} tasks: {above or 'not measured'}."
+        f"Retention on {evidence_of(accuracy)}: {paper or 'not measured'}; guessing keeps {floor(accuracy):.0%}. "
+        f"Above chance, {n_above} tasks: {above or 'not measured'}."
+    )
+
+
+def _headline_rows(accuracy: pd.DataFrame, n: int, metrics: Sequence[str]) -> pd.DataFrame:
+    """The means of ``mean_rows`` without ``n`` attention layers by these metrics in one shot."""
+    means = mean_rows(accuracy)
+    return means[(means.kind == "attention") & (means.n_dropped == n) & (means.rule == "one-shot") & means.metric.isin(metrics)]
+
+
+def headline_sentence(accuracy: pd.DataFrame, n: int, n_layers: int, metric: str, model: str, promised: float) -> str:
+    """The retention without ``n`` attention layers by a metric, beside that of guessing and the paper's promise."""
+    kept = Interval(*_headline_rows(accuracy, n, [metric])[list(PAPER_COUNT)].iloc[0])
+    kind, _, amount = evidence_of(accuracy).partition(": ")
+    tasks = f"{amount.split()[0]} {kind}"
+    return (
+        f"Without {n} of {n_layers} attention layers, ranked by {metric}, {model} keeps {kept:.0%} of its accuracy on {tasks}, "
+        f"where guessing keeps {floor(accuracy):.0%}; the paper promises over {promised:.0%}."
     )
 
 
@@ -222,50 +262,56 @@ def accuracy_differences(retention: Retention, choices: Mapping[Choice, DropSet]
     return pd.DataFrame(rows, columns=["kind", "method", "metric", "n_dropped", "points", "low", "high", "verdict"])
 
 
-def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], depth: int, promised: float) -> Figure:
-    """Retention against the fraction dropped: by attention in both counts, and by MLP and block, where they were measured."""
+def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_layers: int, promised: float) -> Figure:
+    """Retention of every pruned model with its interval, as the paper counts and above chance, beside that of guessing.
+
+    Args:
+        n: the number of attention layers that the title is about.
+    """
     means = mean_rows(accuracy)
-    wanted = [("attention", PAPER_COUNT), ("attention", ABOVE_CHANCE), ("mlp", PAPER_COUNT), ("block", PAPER_COUNT)]
-    wanted = [(kind, columns) for kind, columns in wanted if kind in set(means.kind)]
-    figure, axes = figures.panels(2 if len(wanted) > 2 else 1, 2, empty=len(wanted) % 2)
-    for axis, (kind, columns) in zip(axes, wanted, strict=False):
-        _draw(axis, means[means.kind == kind], metrics, columns, depth)
-        named = "accuracy over dense" if columns == PAPER_COUNT else "the same above chance"
-        axis.axhline(promised, color="black", linewidth=0.8, linestyle="--")
-        axis.set_title(f"{kind.replace('mlp', 'MLP')}: {named}")
-        axis.set(xlabel="fraction dropped", ylabel="retention", xlim=(-0.02, means.n_dropped.max() / depth + 0.04))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    means = means[((means.rule == "one-shot") & means.metric.isin(metrics)) | (means.rule == RANDOM)]
+    groups = sorted(means.groupby(["kind", "n_dropped"]), key=lambda group: (list(KIND_NAMES).index(group[0][0]), group[0][1]))
+    kept, guessing = _headline_rows(accuracy, n, metrics)[PAPER_COUNT[0]], floor(accuracy)
+    span = f"{kept.min():.0%} to {kept.max():.0%}" if len(kept) else "an unknown share"
+    title = f"Without {n} of {n_layers} attention layers {span} of accuracy stays; guessing keeps {guessing:.0%}"
+    n_rows = sum(1 + rows.metric.nunique() for _, rows in groups)
+    figure, axes = figures.headed_panels(title, 2, 1.0 + 0.2 * n_rows, sharey=True)
+    labels: list[str] = []
+    for (kind, count), rows in groups:
+        labels.append(f"{count} of {n_layers} {KIND_NAMES[kind]}")
+        for metric in [*[m for m in metrics if m in set(rows.metric)], *[RANDOM] * (RANDOM in set(rows.metric))]:
+            for axis, columns in zip(axes, (PAPER_COUNT, ABOVE_CHANCE), strict=True):
+                _draw(axis, len(labels), rows[rows.metric == metric], columns)
+            labels.append(metric)
+    dense = dense_table(accuracy)
+    names = f"as the paper counts it ({len(dense)} tasks)", f"above chance ({(dense['above chance'] == 'yes').sum()} tasks)"
+    for axis, name, floor_of in zip(axes, names, (guessing, 0.0), strict=True):
+        low, high = axis.get_xlim()
+        left = min(low, floor_of - 0.3 * (high - floor_of))
+        axis.axvspan(left, floor_of, color="#ededed", linewidth=0)
+        axis.text(floor_of, 0, "guessing ", ha="right", va="center", fontsize=8, color="#555555")
+        axis.axvline(promised, color="black", linewidth=0.8, linestyle="--")
+        axis.set_xlim(left=left)
+        axis.set_title(name)
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.grid(False, axis="y")
+    axes[0].set_yticks(range(len(labels)), labels)
+    for label in axes[0].get_yticklabels():
+        label.set_fontweight("bold" if " of " in label.get_text() else "normal")
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    figure.supxlabel(f"share of the dense model's accuracy that stays; dashed: {promised:.0%}", fontsize=9)
     return figure
 
 
-def _draw(axis: Axes, means: pd.DataFrame, metrics: Sequence[str], columns: Sequence[str], depth: int) -> None:
-    """The curve of each metric with its interval, from the dense model on, and the random draws as points."""
-    estimate, low, high = columns
-    for metric in metrics:
-        rows = means[(means.metric == metric) & (means.rule == "one-shot")].sort_values("n_dropped")
-        x, style = [0, *rows.n_dropped / depth], {"color": figures.COLOURS[metric], "marker": figures.MARKERS[metric]}
-        axis.plot(x, [1, *rows[estimate]], label=metric, **style)
-        axis.fill_between(x, [1, *rows[low]], [1, *rows[high]], color=style["color"], alpha=0.15)
-    random = means[means.rule == RANDOM]
-    axis.plot(random.n_dropped / depth, random[estimate], "x", color=figures.COLOURS[RANDOM], label="random draws", markersize=4)
-
-
-def beside_published(accuracy: pd.DataFrame, depth: int) -> pd.DataFrame:
-    """Published accuracies of large models with their source, and our retention of the same kind at the nearest fraction dropped.
-
-    Returns:
-        model, method, unit, n_dropped, n_total, metric, value, our retention (empty where nothing near was measured), source.
-    """
-    table = published_figures("others")
-    table = table[table.method.isin(list(COUNTERPART)) & table.metric.str.contains("retention|accuracy")]
-    means, ours = mean_rows(accuracy), []
-    for row in table.itertuples():
-        rows = means[(means.kind == row.unit) & (means.metric == COUNTERPART[row.method]) & (means.rule == "one-shot")]
-        distance = (rows.n_dropped / depth - row.n_dropped / row.n_total).abs()
-        near = rows.loc[distance[distance < SAME_SHARE].nsmallest(1).index]
-        ours += interval_text(near, PAPER_COUNT, ".3f") or [""]
-    columns = ["model", "method", "unit", "n_dropped", "n_total", "metric", "value", "our retention", "source"]
-    return table.assign(**{"our retention": ours}).astype({"n_dropped": int, "n_total": int})[columns].reset_index(drop=True)
+def _draw(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+    """The retention of one metric with its interval, or of the random draws as ticks."""
+    metric = rows.metric.iloc[0]
+    for estimate, low, high in rows[list(columns)].itertuples(index=False):
+        if metric == RANDOM:
+            axis.plot([estimate], [place], "|", color="#8a8a8a", markersize=10)
+        else:
+            axis.plot([low, high], [place, place], color=figures.COLOURS[metric], linewidth=3, alpha=0.5)
+            axis.plot([estimate], [place], "o", color=figures.COLOURS[metric], markersize=6)
 
 
 def accuracy_claims(
@@ -276,6 +322,7 @@ def accuracy_claims(
     compared: tuple[float, int],
     headline: tuple[float, int],
     promised: float,
+    evidence: str,
 ) -> pd.DataFrame:
     """The paper's claims about accuracy: entropy against the reference, the promised retention, attention against MLP.
 
@@ -283,6 +330,7 @@ def accuracy_claims(
         metrics: those that rank in one shot.
         compared: the fraction at which attention is compared with MLP, and the number of sub-blocks that it is.
         headline: the fraction of attention layers for which the paper promises a retention, and their number.
+        evidence: of ``evidence_of``.
     Returns:
         The columns of a claim; a claim is left out where its number of sub-blocks was not measured.
     """
@@ -292,18 +340,22 @@ def accuracy_claims(
         if ("attention", metric, n) in groups and ("attention", reference, n) in groups:
             points = accuracy_points(retentions.paper, groups["attention", metric, n], groups["attention", reference, n])
             text = f"{metric} beats {reference} at {100 * share:g}% of attention layers; measured: points of mean accuracy"
-            rows.append(claim_row(text, "abstract", "better", points))
+            rows.append(claim_row(text, "abstract", "better", points, evidence=evidence))
     for metric, retention in product(metrics, filter(None, retentions)):
         if ("attention", metric, headline[1]) in groups:
             above = retention is retentions.above_chance
             kept = retention.share(groups["attention", metric, headline[1]], above)
             layers = f"{100 * headline[0]:g}% of attention layers"
-            text = f"dropping {layers} by {metric} keeps {promised:.0%} of accuracy; measured: retention"
-            published = "> 0.95" if metric in entropies else ""
-            rows.append(claim_row(text + " above chance" * above, "results", published, kept, promised))
+            what = " above chance" * above
+            text = f"dropping {layers} by {metric} keeps {promised:.0%} of accuracy{what}; measured: retention{what}"
+            published = "> 0.95" if metric in entropies and not above else ""
+            guessing = retention.chance / retention.mean[retention.sets.index(())]
+            amount = evidence if above else f"{evidence}; guessing keeps {guessing:.0%}"
+            rows.append(claim_row(text, "results", published, kept, promised, amount))
     for metric in metrics:
         sets = [groups.get((kind, metric, compared[1])) for kind in ("attention", "mlp")]
         if all(sets):
             text = f"attention is more redundant than MLP ({100 * compared[0]:g}% by {metric}); measured: difference of retention"
-            rows.append(claim_row(text, "results", "more redundant", retention_difference(retentions.paper, *sets)))
+            difference = retention_difference(retentions.paper, *sets)
+            rows.append(claim_row(text, "results", "more redundant", difference, evidence=evidence))
     return pd.DataFrame(rows, columns=list(CLAIM_COLUMNS))
