@@ -4,11 +4,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_llama(layers: int = 6, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(layers: int = 6, seed: int = 0, vocab_size: int = 101) -> LlamaForCausalLM:
     """A random Llama whose branches are large enough to matter."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=101,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
