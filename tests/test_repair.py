@@ -1,12 +1,13 @@
 """Repair: the maps against other implementations, planted truths, and what must stay as it is without a repair."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
 from families import FAMILIES, ids, tiny
-from reference import cache_bytes, close, output
+from reference import cache_bytes, close, output, stranger
 from sklearn.linear_model import Ridge
 
 from entrodrop_utils import dropping, evaluation, saving
@@ -261,6 +262,44 @@ def test_it_travels_with_a_saved_model(name, how, text, tmp_path):
     again = saving.load_pruned(saving.save_pruned(saving.remove(back, [MLP(0)]), tmp_path / "more"))  # without a repair of its own
     assert len(getattr(again.config, RECORD)["repairs"]) == len(MIXED)
     assert torch.equal(output(again, ids()), output(back, ids()))
+
+
+def test_a_process_without_the_suite_loads_it(text, tmp_path):
+    with stranger(tmp_path) as ask:
+        for name, rank in (("Llama", None), ("GPT-2", 5)):
+            model = tiny(name)
+            saving.remove(model, MIXED, repair(model, MIXED, text, rank=rank))
+            folder = saving.save_pruned(model, tmp_path / name)
+            assert torch.equal(ask(folder, "AutoModelForCausalLM"), output(model, ids()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_do_not_match_the_recorded_repair_are_refused(text, tmp_path):
+    model = tiny("Llama")
+    saving.remove(model, MIXED, repair(model, MIXED, text))
+    folder = saving.save_pruned(model, tmp_path / "saved")
+    settings = json.loads((folder / "config.json").read_text())
+    settings[RECORD]["repairs"].popitem()
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="does not match"):
+        saving.load_pruned(folder)
+
+
+def test_half_precision_and_composed_drops(text, tmp_path):
+    saving.save_pruned(tiny("Llama"), tmp_path / "whole")
+    model = saving.load_pruned(tmp_path / "whole", dtype=torch.bfloat16)
+    saving.remove(model, [ATTENTION(2)], repair(model, [ATTENTION(2)], text))
+    saving.remove(model, [BLOCK(0)])
+    saving.remove(model, [MLP(2)], repair(model, [MLP(2)], text, "constant"))  # counted as the layers are now
+    back = saving.load_pruned(saving.save_pruned(model, tmp_path / "saved"))
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(output(back, ids()), output(model, ids()))
+    record = getattr(back.config, RECORD)
+    assert [line.split(":")[0] for line in record["fitted"]] == ["attention 2", "mlp 3"]
+    assert record["repairs"] == {
+        "model.layers.1.self_attn": {"bias": [32], "weight": [32, 32]},
+        "model.layers.2.mlp": {"bias": [32]},
+    }
 
 
 def test_a_repaired_model_learns(text):
