@@ -14,7 +14,7 @@ from ..evaluation import losses_by_set
 from ..figures import COLOURS, MARKERS, panels
 from ..layerwise import DropSet
 from ..repair import repair
-from ..statistics import comparison, mean_interval, paired_difference
+from ..statistics import comparison, interval_text, mean_interval, paired_difference
 from ..text import mixture
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, losses_of
 
@@ -89,8 +89,14 @@ def best_methods(losses: Losses, choices: Mapping[Choice, DropSet], repaired: st
 
 
 def saved_elsewhere(losses: Losses, drop_set: DropSet, repaired: str, fitted_on: str) -> np.ndarray:
-    """What a repair saves on every window of the domains that it was not fitted on, in nats per token."""
+    """What a repair saves on every window of the domains that it was not fitted on, in nats per token.
+
+    Raises:
+        ValueError: it was fitted on all domains.
+    """
     away = [domain for name, domain in losses if name == repaired and domain not in mixture(fitted_on)]
+    if not away:
+        raise ValueError(f"the repair was fitted on every domain ({fitted_on}): add another to the domains")
     values = [losses[NONE, domain][drop_set].nll.to_numpy() - losses[repaired, domain][drop_set].nll.to_numpy() for domain in away]
     return np.concatenate(values)
 
@@ -117,10 +123,10 @@ def repair_figure(table: pd.DataFrame, shown: Sequence[Method]) -> Figure:
     The band is the range of the random draws.
     """
     groups = list(table.groupby(["kind", "n_dropped"], sort=False))
-    figure, axes = panels(2, len(groups), height=2.3, sharey="row", sharex=True)
+    figure, axes = panels(2, len(groups), height=2.3, sharey="col", sharex=True)
     for place, (row, column) in enumerate((row, column) for row in (True, False) for column in range(len(groups))):
         ((kind, n), rows), axis = groups[column], axes[place]
-        means = rows[rows.in_domain == row].groupby([*METHOD_COLUMNS, "repair"]).increase.mean().unstack("repair")[list(REPAIRS)]
+        means = rows[rows.in_domain == row].pivot_table("increase", METHOD_COLUMNS, "repair")[list(REPAIRS)]
         random = means[means.index.get_level_values("rule") == RANDOM]
         if len(random):
             axis.fill_between(REPAIRS, random.min(), random.max(), color=COLOURS[RANDOM], alpha=0.35, linewidth=0, label="random")
@@ -136,16 +142,23 @@ def repair_figure(table: pd.DataFrame, shown: Sequence[Method]) -> Figure:
     return figure
 
 
-def mixture_table(tables: Sequence[pd.DataFrame], method: Method) -> pd.DataFrame:
-    """Loss increase of one method with each repair, by the text that it was fitted on: a row per kind, number, repair and text."""
-    rows = pd.concat(tables)
-    rows = rows[pd.MultiIndex.from_frame(rows[METHOD_COLUMNS]).isin([method]) & (rows.repair != NONE)]
-    return rows.pivot_table("increase", ["kind", "n_dropped", "repair", "fitted_on"], "domain", sort=False)
+def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of several fits as one; the bare drops, which have no fit, are in the first."""
+    return pd.concat([tables[0], *(table[table.repair != NONE] for table in tables[1:])], ignore_index=True)
 
 
-def share_saved(table: pd.DataFrame, in_domain: bool, name: str) -> float:
-    """The share of the mean loss increase of the ranked choices that a repair saves, in its domain or in the others."""
-    rows = table[(table.in_domain == in_domain) & (table.repair == name) & (table.rule != RANDOM)]
+def mixture_table(tables: Sequence[pd.DataFrame], method: Method, repaired: str) -> pd.DataFrame:
+    """Loss increase of one method with a repair, by the text that it was fitted on: a row per kind, number and text."""
+    rows = joined(tables)
+    rows = rows[(rows[METHOD_COLUMNS] == method).all(axis=1) & (rows.repair == repaired)]
+    ends = ["increase", "increase_low", "increase_high"]
+    rows = rows.assign(increase=interval_text(rows, ends))
+    return rows.pivot_table("increase", ["kind", "n_dropped", "fitted_on"], "domain", aggfunc="first", sort=False)
+
+
+def share_saved(table: pd.DataFrame, in_domain: bool, repaired: str) -> float:
+    """The share of the summed loss increase of the ranked choices that a repair saves, in its domain or in the others."""
+    rows = table[(table.in_domain == in_domain) & (table.repair == repaired) & (table.rule != RANDOM)]
     return float(rows.saved.sum() / (rows.saved + rows.increase).sum())
 
 
