@@ -1,9 +1,11 @@
 """Dropping: the model without some sub-blocks while a context is open, and exactly as before afterwards."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,6 +15,22 @@ from .families.edits import Edit, depth_configs, keep_layers
 from .families.modeling_entrodrop import Bypass, require_cache_without_gaps
 from .families.self_check import contributing_zero, equal, evaluation_mode, has_module, sample_ids
 from .residual import SubBlock, find, layout_of
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What replaces dropped attention layers and MLPs (``repair.repair`` fits it).
+
+    Attributes:
+        maps: sub-block -> the affine map of its input whose value is added to the stream in its place: ``bias`` (dim), and for a
+            linear repair ``weight`` (dim, dim), or ``down`` (rank, dim) and ``up`` (dim, rank). A drop uses those it needs.
+        about: what it is and how it was fitted, for the model card.
+        fit: one row per map, where it was fitted.
+    """
+
+    maps: Mapping[SubBlock, Mapping[str, Tensor]]
+    about: str = ""
+    fit: pd.DataFrame | None = None
 
 
 def check_drop_set(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> list[SubBlock]:
@@ -47,24 +65,40 @@ def check_drop_set(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> li
     return drop_set
 
 
-def apply_drop(model: PreTrainedModel, drop_set: list[SubBlock]) -> Edit:
+def apply_drop(model: PreTrainedModel, drop_set: list[SubBlock], repair: Repair | None = None) -> Edit:
     """Drop a checked set in place; ``revert`` of the returned edit undoes it. An error leaves the model as it was.
 
     Raises:
         ValueError, RuntimeError, UnsupportedModel: as ``dropped``.
     """
+    if repair is not None and (missing := [sub_block for sub_block in drop_set if sub_block not in repair.maps]):
+        raise ValueError(f"the repair has nothing in place of {missing[0]}: fit it on all attention layers and MLPs to drop")
     for kind in dict.fromkeys(kind for _, kind in drop_set):
         _verify_edit(model, kind)
-    return _edit(model, drop_set)
+    return _edit(model, drop_set, repair)
 
 
-def _edit(model: PreTrainedModel, drop_set: list[SubBlock]) -> Edit:
+def _bypasses(model: PreTrainedModel, sub_block: SubBlock, repair: Repair | None) -> Iterator[tuple[str, Bypass]]:
+    """(path in the layer, bypass) of every module of a branch that is dropped. A linear repair reads what the branch read, so the
+    norm of its input stays.
+    """
+    layout, layer = layout_of(model), decoder_layers(model)[sub_block.layer]
+    weight = next((weight for weight in layer.parameters() if not weight.is_meta), torch.empty(0, dtype=model.dtype))
+    maps = {name: value.to(weight, copy=True) for name, value in (repair.maps[sub_block] if repair else {}).items()}
+    for number, (path, returns) in enumerate(layout.branch(sub_block.kind).items()):
+        if number == 0:
+            yield path, Bypass(returns, maps)
+        elif path in layout.output_norms or not {"weight", "down"} & maps.keys():
+            yield path, Bypass(returns)
+
+
+def _edit(model: PreTrainedModel, drop_set: list[SubBlock], repair: Repair | None = None) -> Edit:
     edit, layout, layers = Edit(), layout_of(model), decoder_layers(model)
     try:
-        for layer, kind in drop_set:
-            for path, returns in layout.branch(kind).items() if kind != "block" else ():
+        for sub_block in drop_set:
+            for path, bypass in _bypasses(model, sub_block, repair) if sub_block.kind != "block" else ():
                 parent, _, name = path.rpartition(".")
-                edit.set(layers[layer].get_submodule(parent), name, Bypass(returns))
+                edit.set(layers[sub_block.layer].get_submodule(parent), name, bypass)
         blocks = {layer for layer, kind in drop_set if kind == "block"}
         kept = [i for i in range(len(layers)) if i not in blocks]
         if blocks:
@@ -167,15 +201,15 @@ def _cache_error(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> float:
 
 
 @contextmanager
-def dropped(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> Iterator[PreTrainedModel]:
+def dropped(model: PreTrainedModel, sub_blocks: Iterable[SubBlock], repair: Repair | None = None) -> Iterator[PreTrainedModel]:
     """The model without these sub-blocks while the context is open; exactly as before afterwards, also after an error.
 
-    Without an attention layer or MLP, the residual stream passes that branch unchanged, and no keys and values are kept for it;
-    cached generation works as in the whole model.
+    Without an attention layer or MLP, the residual stream passes that branch unchanged, or with what the repair adds, and no keys
+    and values are kept for it; cached generation works as in the whole model.
 
     Raises:
         ValueError: a sub-block that does not exist, is named twice, is part of a dropped block or was dropped before; all attention
-            layers or all blocks; a quantised model. The model is left as it was.
+            layers or all blocks; a quantised model; a sub-block that the repair lacks. The model is left as it was.
         RuntimeError: an attention layer, with a transformers older than 5.23, whose cache cannot skip layers.
         UnsupportedModel: the pruned model does not run, or its cache gives other tokens; a short check on first use of a kind.
 
@@ -185,7 +219,7 @@ def dropped(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> Iterator[
     >>> len(find(model, "attention")) == n_layers
     True
     """
-    edit = apply_drop(model, check_drop_set(model, sub_blocks))
+    edit = apply_drop(model, check_drop_set(model, sub_blocks), repair)
     try:
         yield model
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import cache
-from .dropping import dropped
+from .dropping import Repair, dropped
 from .families.decoder import decoder_layers
 from .families.self_check import evaluation_mode, measuring
 from .layerwise import MAX_TOKENS, Bar, DropSet, LayerwiseForward, distinct_sets, set_name
@@ -111,8 +111,13 @@ def divergence(dense_model: PreTrainedModel, model: PreTrainedModel, windows: In
 
 
 @measuring
-def losses_by_set(model: PreTrainedModel, windows: Int[Tensor, "window token"], sets: Iterable[Sequence[SubBlock]]) -> pd.DataFrame:
-    """Loss and divergence of the model without each of many sets of sub-blocks.
+def losses_by_set(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    sets: Iterable[Sequence[SubBlock]],
+    repair: Repair | None = None,
+) -> pd.DataFrame:
+    """Loss and divergence of the model without each of many sets of sub-blocks, repaired if a repair is given.
 
     Two sets that agree on the first n layers share the states up to there. Repeated sets, and sets that were evaluated before on
     this model and text, are not evaluated again. The order inside a set does not matter; the empty set is the dense model.
@@ -125,10 +130,13 @@ def losses_by_set(model: PreTrainedModel, windows: Int[Tensor, "window token"], 
     tables, first = [], 0
     with Bar(len(named) * len(batches), "evaluating sets") as done:
         base = cache.model_key(model, "evaluation")
+        if repair:
+            base = cache.subkey(base, *(f"{s} {n} {cache.tensor_digest(v)}" for s, m in repair.maps.items() for n, v in m.items()))
         for ids in batches:
 
             def compute(missing: list[str], ids=ids) -> pd.DataFrame:
-                return _losses(model, ids.to(model.device), [named[name] for name in missing], check=ids is batches[0], done=done)
+                drop_sets = [named[name] for name in missing]
+                return _losses(model, ids.to(model.device), drop_sets, repair, check=ids is batches[0], done=done)
 
             losses = cache.rows_by_set("losses", cache.subkey(base, cache.tensor_digest(ids)), named, compute, done)
             tables.append(losses.assign(window=losses.window + first))
@@ -137,9 +145,11 @@ def losses_by_set(model: PreTrainedModel, windows: Int[Tensor, "window token"], 
     return table.assign(set=table.set.map(named))
 
 
-def _losses(model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list[DropSet], check: bool, done) -> pd.DataFrame:
+def _losses(
+    model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list[DropSet], repair: Repair | None, check: bool, done
+) -> pd.DataFrame:
     """Loss and divergence of every window of one batch without each set: set (its name), window, nll, kl."""
-    layerwise, rows = LayerwiseForward(model, ids, check), []
+    layerwise, rows = LayerwiseForward(model, ids, check, repair), []
     ((_, dense),) = layerwise.last_states([()])
     reference = _Reference(ids, layerwise.logits(dense))
     for drop_set, state in layerwise.last_states(sets):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .dropping import dropped
+from .dropping import Repair, dropped
 from .families.decoder import decoder_layers
 from .progress import progress
 from .residual import SubBlock
@@ -38,8 +38,15 @@ class LayerwiseForward:
     pass over all layers is compared with the model's own, which detects families where that is not so.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Int[Tensor, "batch token"], check: bool = True, **inputs: Tensor):
-        self.model, self.ids, self.calls, self.more = model, ids, [], None
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: Int[Tensor, "batch token"],
+        check: bool = True,
+        repair: Repair | None = None,
+        **inputs: Tensor,
+    ):
+        self.model, self.ids, self.calls, self.more, self.repair = model, ids, [], None, repair
         handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in decoder_layers(model)]
         try:
             whole = model.base_model(ids, use_cache=False, **inputs)[0]
@@ -68,7 +75,7 @@ class LayerwiseForward:
             return state
         _, args, kwargs = self.calls[index]
         layer = decoder_layers(self.model)[index]
-        with dropped(self.model, drop_set) if drop_set else nullcontext():
+        with dropped(self.model, drop_set, self.repair) if drop_set else nullcontext():
             output = layer(state, *args, **kwargs)
         self.more = output[1:] if isinstance(output, tuple) else None  # some families return more than the state
         return output if self.more is None else output[0]

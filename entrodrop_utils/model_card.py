@@ -62,7 +62,7 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
 
 def render_card(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> str:
     """The model card in Markdown, with the metadata that model hubs read; ``tokenizer`` says whether the folder holds one."""
-    record = getattr(model.config, RECORD, None) or {"layers": 0, "kept": [], "dropped": [], "bypasses": {}}
+    record = getattr(model.config, RECORD, None) or {"layers": 0, "kept": [], "dropped": [], "bypasses": {}, "fitted": []}
     base = card.base_model or _base_model(model)
     names = {"attention": "attention layers", "mlp": "MLPs", "block": "whole blocks"}
     gone = {names[kind]: sorted(layer for layer, k in record["dropped"] if k == kind) for kind in names}
@@ -75,6 +75,7 @@ def render_card(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> 
         lines += ["| what | how many | which |", "|---|---|---|"]
         lines += [f"| {what} | {len(layers)} | {', '.join(map(str, layers))} |" for what, layers in gone.items() if layers]
         lines += ["", _why(card)]
+        lines += [""] * bool(record["fitted"]) + [f"Repaired: in place of {repair}." for repair in record["fitted"]]
     else:
         lines += ["Nothing was dropped."]
     if card.perplexity_before is not None and card.perplexity_after is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .dropping import apply_drop, check_drop_set
+from .dropping import Repair, apply_drop, check_drop_set
 from .families.decoder import decoder_layers
 from .families.modeling_entrodrop import RECORD, VERSION, EntroDropConfig, build, is_bypass, pruned_class
 from .model_card import Card, render_card
@@ -40,10 +40,11 @@ def _config_mismatch(model: PreTrainedModel) -> str | None:
     return f"{wrong[0]} would be {fresh.get(wrong[0], 'missing')}, not {own.get(wrong[0], 'missing')}" if wrong else None
 
 
-def remove(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> PreTrainedModel:
+def remove(model: PreTrainedModel, sub_blocks: Iterable[SubBlock], repair: Repair | None = None) -> PreTrainedModel:
     """Remove sub-blocks from the model in place: their weights are freed, and the config records what was removed.
 
-    Removals compose: ``sub_blocks`` counts layers as they are now, the record counts them as they were at first.
+    A repair takes their place; it is saved and loaded with the model. Removals compose: ``sub_blocks`` counts layers as they are
+    now, the record counts them as they were at first.
 
     Raises:
         ValueError: as ``dropped``, or blocks without which no config describes the model; the model is left as it was.
@@ -58,14 +59,19 @@ def remove(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> PreTrained
     depth = len(decoder_layers(model))
     record = getattr(model.config, RECORD, None) or {"layers": depth, "kept": list(range(depth)), "dropped": []}
     blocks = {layer for layer, kind in drop_set if kind == "block"}
-    edit, family = apply_drop(model, drop_set), type(model)
+    edit, family = apply_drop(model, drop_set, repair), type(model)
+    names = ", ".join(str(SubBlock(record["kept"][layer], kind)) for layer, kind in drop_set)
     try:
+        bypasses = {name: part for name, part in model.named_modules() if is_bypass(part)}
+        shapes = {name: {key: list(value.shape) for key, value in part.named_parameters()} for name, part in bypasses.items()}
         record = {
             **record,
             "version": VERSION,
             "kept": [old for new, old in enumerate(record["kept"]) if new not in blocks],
             "dropped": record["dropped"] + [[record["kept"][layer], kind] for layer, kind in drop_set],
-            "bypasses": {name: part.returns for name, part in model.named_modules() if is_bypass(part)},
+            "bypasses": {name: part.returns for name, part in bypasses.items()},
+            "repairs": {name: shape for name, shape in shapes.items() if shape},
+            "fitted": record.get("fitted", []) + ([f"{names}: {repair.about or 'a map'}"] if repair else []),
         }
         edit.set(model.config, RECORD, record)
         if record["bypasses"]:

@@ -99,13 +99,20 @@ def test_a_block_record_that_does_not_match_is_refused(tmp_path):
 def test_another_version_of_the_record_is_refused(pruned):
     _, folder = pruned
     edited(folder, lambda s: s[RECORD].update(version=99))
-    with pytest.raises(ValueError, match="written in format 99; this code reads formats 1 to 2"):
+    with pytest.raises(ValueError, match="written in format 99; this code reads formats 1 to 3"):
         saving.load_pruned(folder)
     with pytest.raises(ValueError, match="written in format 99"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
+def as_version_2(settings: dict) -> None:
+    record = settings[RECORD]
+    record["version"] = 2
+    assert (record.pop("repairs"), record.pop("fitted")) == ({}, [])
+
+
 def as_version_1(settings: dict) -> None:
+    as_version_2(settings)
     record = settings[RECORD]
     record["version"], record["stand_ins"], record["model_type"] = 1, record.pop("bypasses"), record.pop("family")
 
@@ -123,14 +130,25 @@ def test_a_folder_in_version_1_of_the_record_still_loads(pruned, tmp_path):
     assert json.loads((again / "config.json").read_text())[RECORD].keys() == record.keys() - {"stand_ins", "model_type"} | {
         "bypasses",
         "family",
+        "repairs",
+        "fitted",
     }
     assert torch.equal(output(saving.load_pruned(again), ids()), output(model, ids()))
+
+
+def test_a_folder_in_version_2_of_the_record_still_loads(pruned, tmp_path):
+    model, folder = pruned
+    edited(folder, as_version_2)
+    for back in (saving.load_pruned(folder), AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)):
+        assert torch.equal(output(back, ids()), output(model, ids()))
+        again = saving.save_pruned(back, tmp_path / type(back.config).__name__ / str(id(back)))
+        assert torch.equal(output(saving.load_pruned(again), ids()), output(model, ids()))
 
 
 def test_without_gaps_a_record_in_version_1_loads_too(tmp_path):
     model = saving.remove(tiny("Llama"), [BLOCK(1)])
     folder = saving.save_pruned(model, tmp_path / "blocks")
-    edited(folder, lambda s: s[RECORD].update(version=1, stand_ins=s[RECORD].pop("bypasses")))
+    edited(folder, lambda s: s[RECORD].update(version=1, stand_ins=s[RECORD].pop("bypasses")))  # the empty repairs do not matter
     assert torch.equal(output(saving.load_pruned(folder), ids()), output(model, ids()))
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -169,3 +170,51 @@ def test_docs_are_on_every_machine():
     assert all(len(documents) > 500 for documents in parts.values())
     paragraphs = [set(p for d in documents for p in d.split("\n\n")) for documents in parts.values()]
     assert not paragraphs[0] & paragraphs[1] | paragraphs[1] & paragraphs[2] | paragraphs[0] & paragraphs[2]
+
+
+@pytest.fixture
+def second(tmp_path, source):
+    """Sixty other documents, of which every third also has a paragraph of the first source."""
+    first = [json.loads(line)["text"] for line in Path(source).read_text().splitlines()]
+    own = [" ".join(f"{WORDS[(i * 5 + j) % 12]}{i}y{j}" for j in range(40)) for i in range(60)]
+    path = tmp_path / "second.jsonl"
+    rows = [body if i % 3 else f"{first[i]}\n\n{body}" for i, body in enumerate(own)]
+    path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    return str(path)
+
+
+def test_the_windows_of_a_mixture_take_turns(source, second):
+    plain = text.windows(source, "calibration", Letters(), 4, 30)
+    mixed = text.windows(f"{source}+{second}", "calibration", Letters(), 8, 30)
+    assert mixed[::2].tolist() == plain.tolist()
+    assert text.windows(f"{source}+{second}", "calibration", Letters(), 3, 30).tolist() == mixed[:3].tolist()
+    shared = text.windows(f"{source}:3+{second}", "calibration", Letters(), 8, 30)
+    six = text.windows(source, "calibration", Letters(), 6, 30).tolist()
+    assert [row for row in shared.tolist() if row in six] == six
+    assert text.mixture(f"{source}:3+{second}") == {source: 0.75, second: 0.25}
+    assert text.mixture("docs") == {"docs": 1.0}
+
+
+def test_the_parts_of_a_mixture_share_nothing(source, second):
+    """Also where one source repeats paragraphs that are in another part of the other."""
+    both = f"{source}+{second}"
+    found = {part: text.windows(both, part, Letters(), 8, 30) for part in corpus.SHARES}
+    for one in found:
+        for other in found:
+            if one < other:
+                assert not grams(found[one]) & grams(found[other])
+    paragraphs = {part: {p for _, d in text.documents(both, part) for p in d.split("\n\n")} for part in corpus.SHARES}
+    assert sum(map(len, paragraphs.values())) == len(set.union(*paragraphs.values())) == 121
+
+
+@pytest.mark.parametrize("name", ["docs+docs", "docs:0+english", "docs+prose", "docs+", "english:2+nowhere.txt"])
+def test_a_mixture_that_cannot_be_had_is_refused(name):
+    with pytest.raises(ValueError, match=r"twice, or with a share|unknown text|no text is named"):
+        text.check_text(name)
+
+
+def test_a_file_may_have_the_signs_of_a_mixture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c++:2.txt").write_text("one\n\ntwo")
+    assert text.mixture("c++:2.txt") == {"c++:2.txt": 1.0}
+    text.check_text("c++:2.txt")

@@ -27,6 +27,7 @@ class Layout:
             layer's input (the attention then counts as the first).
         shared: modules that stay whatever is dropped.
         norms: the norms that the whole stream passes after the attention and after the MLP (post-norm families such as BERT).
+        output_norms: the norms of a branch's output (Gemma 2, OLMo 2); a branch's other norms are of its input.
         anchor: a part of one layer's attention that other layers depend on; that layer's attention cannot be dropped.
     """
 
@@ -35,6 +36,7 @@ class Layout:
     between: str | None
     shared: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
+    output_norms: tuple[str, ...] = ()
     anchor: str | None = None
 
     def branch(self, kind: Literal["attention", "mlp"]) -> Branch:
@@ -73,16 +75,19 @@ LAYOUTS: dict[str, Layout] = {
         attention={"self_attn": ATTENTION, "input_layernorm": INPUT, "post_attention_layernorm": INPUT},
         mlp={"mlp": ZERO, "pre_feedforward_layernorm": INPUT, "post_feedforward_layernorm": INPUT},
         between="pre_feedforward_layernorm",
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     "norms around each branch, GLM": Layout(
         attention={"self_attn": ATTENTION, "input_layernorm": INPUT, "post_self_attn_layernorm": INPUT},
         mlp={"mlp": ZERO, "post_attention_layernorm": INPUT, "post_mlp_layernorm": INPUT},
         between="post_attention_layernorm",
+        output_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
     ),
     "norm after each branch": Layout(  # OLMo 2 and 3
         attention={"self_attn": ATTENTION, "post_attention_layernorm": INPUT},
         mlp={"mlp": ZERO, "post_feedforward_layernorm": INPUT},
         between="mlp",
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
     ),
     "parallel, one norm": Layout(  # Phi, Cohere, StableLM 2
         attention={"self_attn": ATTENTION},

@@ -8,6 +8,7 @@ class, in which a bypass replaces every dropped module.
 import functools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 RECORD = "entrodrop"  # the key of the config under which a pruned model records what was dropped
-VERSION = 2
+VERSION = 3  # version 2 had no repairs
 # Version 1 used these names; transformers reads a nested `model_type` as a config of its own
 OLDER_NAMES = {"stand_ins": "bypasses", "model_type": "family"}
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTextEncoding")
@@ -28,17 +29,32 @@ class Bypass(nn.Module):
 
     ``returns`` lists what the caller receives, one word per value: ``zero`` (nothing is added to the residual stream), ``input``
     (the module's own input), ``residual`` (the stream, for modules that add to it themselves), ``position_bias``, ``none``.
+
+    A repair adds an affine map of the module's input to ``zero`` or ``residual``: its ``bias``, and the matrices that are applied
+    one after the other (``weight``, or ``down`` and ``up``).
     """
 
-    def __init__(self, returns: str):
+    def __init__(self, returns: str, repair: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.returns = returns
+        for name in sorted(repair or ()):  # bias, down, up, weight
+            self.register_parameter(name, nn.Parameter(repair[name]))
+
+    def added(self, hidden_states: Tensor) -> Tensor:
+        """What the repair adds to the residual stream; zero without one."""
+        matrices = [value for name, value in self.named_parameters() if name != "bias"]
+        added = functools.reduce(nn.functional.linear, matrices, hidden_states) if matrices else torch.zeros_like(hidden_states)
+        return added + self.bias if "bias" in self._parameters else added
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
+        def residual() -> Tensor:
+            stream = kwargs["residual"] if "residual" in kwargs else args[0]
+            return stream + self.added(hidden_states) if self._parameters else stream
+
         values = {
-            "zero": lambda: torch.zeros_like(hidden_states),
+            "zero": lambda: self.added(hidden_states),
             "input": lambda: hidden_states,
-            "residual": lambda: kwargs["residual"] if "residual" in kwargs else args[0],
+            "residual": residual,
             "position_bias": lambda: kwargs.get("position_bias"),
             "none": lambda: None,
         }
@@ -46,7 +62,7 @@ class Bypass(nn.Module):
         return outputs[0] if len(outputs) == 1 else outputs
 
     def extra_repr(self) -> str:
-        return self.returns
+        return ", ".join([self.returns, *(f"{name} {tuple(value.shape)}" for name, value in self.named_parameters())])
 
 
 def classes_of(auto_class: str, config: PreTrainedConfig) -> list[str]:
@@ -84,8 +100,10 @@ class Pruned:
         super().__init__(config, *args, **kwargs)
         if any(getattr(config.get_text_config(decoder=True), "kv_sharing_modes", None) or ()):
             require_cache_without_gaps()
-        for path, returns in getattr(config, RECORD)["bypasses"].items():
-            self.set_submodule(path, Bypass(returns))
+        record = getattr(config, RECORD)
+        for path, returns in record["bypasses"].items():
+            shapes = record["repairs"].get(path, {})
+            self.set_submodule(path, Bypass(returns, {name: torch.zeros(shape) for name, shape in shapes.items()}))
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """Save under a model type that plain transformers refuses, as it would fill the gaps with random weights.
@@ -144,9 +162,11 @@ def read_record(settings: dict, path: str) -> dict:
     Raises:
         ValueError: a record of an unknown version.
     """
-    record = settings.get(RECORD, {"version": VERSION, "kept": None, "dropped": [], "bypasses": {}})
+    record = settings.get(RECORD, {"version": VERSION, "kept": None, "dropped": [], "bypasses": {}, "repairs": {}, "fitted": []})
     if record.get("version") == 1:
-        record = {OLDER_NAMES.get(name, name): value for name, value in record.items()} | {"version": VERSION}
+        record = {OLDER_NAMES.get(name, name): value for name, value in record.items()} | {"version": 2}
+    if record.get("version") == 2:
+        record = record | {"version": VERSION, "repairs": {}, "fitted": []}
     if record.get("version") != VERSION:
         raise ValueError(f"{path} was written in format {record.get('version')}; this code reads formats 1 to {VERSION}")
     return record

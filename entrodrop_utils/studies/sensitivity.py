@@ -5,6 +5,7 @@ their rankings, and the overlap of their choices. The cost of a setting is the l
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..figures import COLOURS, MARKERS, panels
 from ..layerwise import DropSet
 from ..residual import SubBlock
 from ..scoring import Metric, configured, first_tokens, without_first
-from ..selection import one_shot, protected_layers, two_stage
+from ..selection import NoFallingStage, one_shot, protected_layers, two_stage
 from ..statistics import Interval, bootstrap_means, ends, paired_difference
 from ..text import text_digest, windows
 from .methods import losses_of
@@ -180,7 +181,10 @@ def drop_orders(scores: pd.DataFrame, protected: Sequence[int], n: int) -> dict[
         one_shot(rows, setting.metric, KIND, n, protected)  # refuses too large a number
     orders = {setting: one_shot(rows, setting.metric, KIND, protected=protected) for setting, rows in groups.items()}
     entropies = [setting.metric for setting in groups if setting.factor == "reference" and setting.metric in ESTIMATORS]
-    return orders | {Setting("rule", "two-stage", name): two_stage(groups[reference_of(name)], name, KIND) for name in entropies}
+    for name in entropies:
+        with suppress(NoFallingStage):  # the rule is not applicable
+            orders[Setting("rule", "two-stage", name)] = two_stage(groups[reference_of(name)], name, KIND)
+    return orders
 
 
 def sets_of_size(orders: Orders, n: int) -> dict[Setting, DropSet]:

@@ -30,9 +30,30 @@ HUB = {
 }
 MOST_DOCUMENTS = 20_000
 GZIP = b"\x1f\x8b"  # how a gzip file begins
+SHARE = re.compile(r"(.+):(\d+(?:\.\d+)?)")  # a source of a mixture and its share
 BLANK = re.compile(r"(?m)^[^\S\n]+$")
 # Pieces of a long text: they end with a line, else with a word, else anywhere
 PIECES = re.compile(rf"(?s).{{{PIECE}}}.{{0,{PIECE}}}?(?:\n|\Z)|.{{{PIECE}}}.{{0,{PIECE}}}?\s|.{{{2 * PIECE}}}|.+")
+
+
+def mixture(source: str) -> dict[str, float]:
+    """The sources of a mixture with their shares: ``docs+english`` has equal ones, ``docs:3+english`` is three quarters docs.
+
+    A name that is a file is that file, whatever signs it has.
+
+    Raises:
+        ValueError: a source that is named twice, or a share that is not positive.
+    """
+    if "+" not in source or Path(source).expanduser().is_file():
+        return {source: 1.0}
+    weights: dict[str, float] = {}
+    for part in source.split("+"):
+        share = SHARE.fullmatch(part.strip())
+        name, weight = (share[1], float(share[2])) if share and not Path(part).expanduser().is_file() else (part.strip(), 1.0)
+        if name in weights or not weight > 0:
+            raise ValueError(f"the mixture {source!r} names {name!r} twice, or with a share that is not positive")
+        weights[name] = weight
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def check_text(source: str) -> None:
@@ -41,6 +62,10 @@ def check_text(source: str) -> None:
     Raises:
         ValueError: with the list of what can be named.
     """
+    if len(names := mixture(source)) > 1:
+        for name in names:
+            check_text(name)
+        return
     if not source.strip():
         raise ValueError(f"no text is named: choose {', '.join((*OWN, *HUB))}, a file or a hub dataset")
     path = Path(source).expanduser()
@@ -49,8 +74,8 @@ def check_text(source: str) -> None:
     if _format(path) or path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ValueError(
             f"unknown text {source!r}: choose {', '.join((*OWN, *HUB))}, an existing .txt file (documents separated by blank "
-            "lines), an existing .jsonl file (one object with a `text` per line), either also as .gz, or a hub dataset of the form "
-            "organisation/name"
+            "lines), an existing .jsonl file (one object with a `text` per line), either also as .gz, a hub dataset of the form "
+            "organisation/name, or a mixture such as docs+english or docs:3+english"
         )
 
 
@@ -62,7 +87,8 @@ def windows(
     Each window is the beginning of a document, as the tokenizer encodes it (with its beginning-of-sequence token if it has one);
     a document that is too short goes on with the next. The same arguments give the same windows, and fewer windows are the first
     of more. Sources: ``docs`` and ``code`` are the docstrings and the functions of installed packages, ``english`` are essays,
-    ``random`` draws every token evenly from the tokenizer's vocabulary without its special tokens; and files and hub datasets.
+    ``random`` draws every token evenly from the tokenizer's vocabulary without its special tokens; files and hub datasets; and
+    mixtures of them (``docs+english``, ``docs:3+english``), whose windows take turns in proportion to the shares.
 
     Raises:
         ValueError: an unknown source or part, or one with too little text, with how much there is.
@@ -74,9 +100,32 @@ def windows(
     """
     if part not in SHARES:
         raise ValueError(f"unknown part {part!r}: choose one of {', '.join(SHARES)}")
+    check_text(source)
+    shares = mixture(source)
+    turns = _turns(list(shares.values()), n_sequences)
+    cut = [
+        _windows(name, part, tokenizer, turns.count(i), n_tokens, seed, tuple(shares)[:i]) if i in turns else None
+        for i, name in enumerate(shares)
+    ]
+    return torch.stack([cut[i][turns[:number].count(i)] for number, i in enumerate(turns)]) if len(shares) > 1 else cut[0]
+
+
+def _turns(shares: list[float], n: int) -> list[int]:
+    """Whose turn each of ``n`` windows is: that of the source which is furthest behind its share, so fewer turns begin more."""
+    turns: list[int] = []
+    for number in range(n):
+        behind = [share * (number + 1) - turns.count(i) for i, share in enumerate(shares)]
+        turns.append(behind.index(max(behind)))
+    return turns
+
+
+def _windows(
+    source: str, part: str, tokenizer: Callable, n_sequences: int, n_tokens: int, seed: int, earlier: tuple[str, ...]
+) -> Int[Tensor, "sequence token"]:
+    """The windows of one source, without paragraphs that the earlier sources of a mixture have."""
     if source == "random":
         return _random(tokenizer, n_sequences, n_tokens, f"{part} {seed}")
-    texts = [document for _, document in documents(source, part)]
+    texts = [document for _, document in _documents_of(source, part, earlier, *_versions((*earlier, source)))]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     found: list[list[int]] = []
     text = ""
@@ -130,26 +179,40 @@ def belongs_to(key: str, part: str) -> bool:
 def documents(source: str, part: str) -> tuple[tuple[str, str], ...]:
     """(key, text) of the documents of one part, without paragraphs that an earlier document, of any part, already had."""
     check_text(source)
-    path = Path(source).expanduser()
-    version = (path.resolve(), path.stat().st_mtime_ns, path.stat().st_size) if source not in (*OWN, *HUB) and _format(path) else ()
-    return _documents_of(source, part, *version)
+    names = tuple(mixture(source))
+    parts = [_documents_of(name, part, names[:i], *_versions(names[: i + 1])) for i, name in enumerate(names) if name != "random"]
+    return parts[0] if len(parts) == 1 else tuple(document for documents in parts for document in documents)
+
+
+def _versions(names: tuple[str, ...]) -> Iterator[object]:
+    """What changes when one of the files among these sources does."""
+    for path in (Path(name).expanduser() for name in names if name not in (*OWN, *HUB)):
+        if _format(path):
+            yield from (path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @lru_cache(maxsize=8)
-def _documents_of(source: str, part: str, *version: object) -> tuple[tuple[str, str], ...]:
-    """The documents, read once for each version of a file."""
+def _documents_of(source: str, part: str, earlier: tuple[str, ...], *version: object) -> tuple[tuple[str, str], ...]:
+    """The documents, without the paragraphs of earlier sources; read once for each version of a file."""
     seen: set[bytes] = set()
+    for name in earlier:
+        for _, document in _documents(name) if name != "random" else ():
+            seen.update(_mark(paragraph) for paragraph in document.split("\n\n"))
     kept: list[tuple[str, str]] = []
     for key, document in _documents(source):
         fresh = []
         for paragraph in document.split("\n\n"):
-            mark = hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=12).digest()
-            if mark not in seen:
+            if (mark := _mark(paragraph)) not in seen:
                 seen.add(mark)
                 fresh.append(paragraph)
         if fresh and belongs_to(key, part):
             kept.append((key, "\n\n".join(fresh).strip()))
     return tuple((key, document) for key, document in kept if document)
+
+
+def _mark(paragraph: str) -> bytes:
+    """A hash of a paragraph, whatever its white space."""
+    return hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=12).digest()
 
 
 def _documents(source: str) -> Iterator[tuple[str, str]]:
