@@ -170,7 +170,7 @@ def layer_tables(scores: pd.DataFrame, protected: Sequence[int]) -> dict[Setting
     }
 
 
-def drop_orders(scores: pd.DataFrame, protected: Sequence[int], n: int) -> dict[Setting, list[SubBlock]]:
+def orders_by_setting(scores: pd.DataFrame, protected: Sequence[int], n: int) -> dict[Setting, list[SubBlock]]:
     """The attention layers in the order in which every setting drops them, then those of the two-stage rule for every entropy.
 
     Raises:
