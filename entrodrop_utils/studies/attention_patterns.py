@@ -18,7 +18,7 @@ from ..residual import states
 from ..scoring import Metric
 from ..statistics import kendall_interval, mean_interval
 from .architectures import FULL, LABELS, Curves, Entropy, sub_block_scores, summed_curves
-from .curves import boundary_layer
+from .curves import stages
 from .methods import Method
 
 FALL, LOSS, TAU = "fall", "loss above full attention", "tau with full attention"  # in nats, in nats per token, of two rankings
