@@ -54,15 +54,15 @@ def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-
     axis.fill_between(x, table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
 
 
-def headline(figure: Figure, sentence: str) -> None:
+def title_sentence(figure: Figure, sentence: str) -> None:
     """What the figure shows, as a sentence above it."""
     figure.suptitle("\n".join(textwrap.wrap(sentence, HEADLINE)), x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def label_ends(axis: Axes, gap: float = 0.09, side: float = 1.0) -> None:
-    """The label of every line at its last point, in its colour, in place of a legend; labels are at least ``gap`` axis heights apart.
+    """The label of every line at its last point, in its colour, in place of a legend.
 
-    Limits and scales must be set before.
+    Labels are at least ``gap`` axis heights apart. Limits and scales must be set before.
     """
     lines = [line for line in axis.lines if not str(line.get_label()).startswith("_")]
     to_axis = axis.transData + axis.transAxes.inverted()

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -14,11 +14,6 @@ from ..statistics import Interval, half_sampling, mean_interval, verdict
 
 VERDICTS = ("does not hold", "inconclusive", "holds")  # from the worst to the best
 SINGLE_STEP = "single step"
-VARIANTS = (  # label, first_token, weights, dash, colour ("": the estimator's)
-    ("all tokens", True, "trained", "-", ""),
-    ("without the first token", False, "trained", "--", "#000000"),
-    ("untrained copy", True, "random", ":", "#777777"),
-)
 
 
 def log_scale(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
@@ -40,7 +35,7 @@ def curve_matrix(curves: pd.DataFrame) -> Float[np.ndarray, "sequence endpoint"]
 
 
 def boundary_layer(curve: Float[np.ndarray, "endpoint"]) -> int:
-    """The layer, but the first, whose input has the least entropy: the first layer of the rising stage if the curve falls at all."""
+    """The layer after the first whose input has the least entropy: the first layer of the rising stage, if the curve falls."""
     return 1 + int(curve[2:-1:2].argmin())  # the last endpoint is the output, which is no layer's input
 
 
@@ -89,7 +84,7 @@ def _stages(
 def stage_verdict(fall: Interval, rise: Interval, share: Interval) -> str:
     """Whether a curve falls over the early layers and then rises.
 
-    It holds where the fall and the rise exceed 0 and no layer makes more than half of the fall, and is a single step where one does.
+    It holds where fall and rise exceed 0 and no layer makes more than half of the fall; it is a single step where one does.
     """
     worst = min((verdict(stage.low, stage.high) for stage in (fall, rise)), key=VERDICTS.index)
     if worst != "holds":
@@ -127,6 +122,11 @@ def shape_of(fall: Interval, rise: Interval, outcome: str) -> str:
     return words.get(outcome, "does not clearly fall over several layers and then rise")
 
 
+def shape_of_row(row: pd.Series) -> str:
+    """``shape_of`` a row of ``stage_table``."""
+    return shape_of(*(Interval(*row[[name, f"{name}_low", f"{name}_high"]]) for name in ("fall", "rise")), row.verdict)
+
+
 def scale_and_shape(entropy: Float[np.ndarray, "endpoint"], scale: Float[np.ndarray, "endpoint"]) -> pd.DataFrame:
     """The entropy increase of every block, split into growth of scale and change of shape.
 
@@ -141,30 +141,13 @@ def scale_and_shape(entropy: Float[np.ndarray, "endpoint"], scale: Float[np.ndar
     return table.rename_axis(index="layer")
 
 
-def paired_bars(
-    axis: Axes,
-    left: Float[np.ndarray, "layer"],
-    right: Float[np.ndarray, "layer"],
-    labels: tuple[str, str],
-    colour: str,
-    linear: float,
-) -> None:
-    """Two bars per layer. The axis is linear up to ``linear`` on both sides of zero and logarithmic beyond."""
-    layers = np.arange(len(left))
-    axis.bar(layers - 0.2, left, 0.4, color=colour, label=labels[0])
-    axis.bar(layers + 0.2, right, 0.4, color="#bbbbbb", edgecolor="#555555", linewidth=0.4, label=labels[1])
-    axis.axhline(0, color="black", linewidth=0.6)
-    axis.set_yscale("symlog", linthresh=linear)
+def steepest(curve: Float[np.ndarray, "endpoint"]) -> tuple[str, float]:
+    """The sub-block with the largest step down in a mean curve, and the step in nats (negative)."""
+    steps = np.diff(curve)
+    layer, is_mlp = divmod(int(steps.argmin()), 2)
+    return f"{'MLP' if is_mlp else 'attention'} {layer}", float(steps.min())
 
 
-def plot_variants(axis: Axes, means: pd.DataFrame, estimator: str, colour: str) -> None:
-    """The mean curves of one estimator with their intervals: those of ``VARIANTS`` that the table holds.
-
-    Args:
-        means: estimator, first_token, weights, endpoint, mean, low, high.
-    """
-    curves = means[means.estimator == estimator].groupby(["first_token", "weights"])
-    for label, first_token, weights, dash, other_colour in VARIANTS:
-        if (first_token, weights) in curves.groups:
-            rows = curves.get_group((first_token, weights))
-            band(axis, rows.endpoint / 2, rows, label, other_colour or colour, dash)
+def plot_curve(axis: Axes, means: pd.DataFrame, label: str, colour: str, dash: str = "-") -> None:
+    """A mean curve with its interval over the layers passed: endpoint, mean, low, high."""
+    band(axis, means.endpoint / 2, means, label, colour, dash)
