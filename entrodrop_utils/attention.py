@@ -57,19 +57,26 @@ def restricted(model: nn.Module, rule: Rule) -> Iterator[nn.Module]:
 
 
 @measuring
-def attention_on_first(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> Float[np.ndarray, "layer"]:
-    """The share of attention that the first token of a window receives from the later ones, for each layer.
+def attention_on(model: PreTrainedModel, windows: Int[Tensor, "window token"], position: int) -> Float[np.ndarray, "layer"]:
+    """The share of attention that the token at a position of a window receives from the later ones, for each layer.
 
-    Mean over heads, windows and all queries but the first, which in a decoder sees only itself. A large share is the attention sink
-    of "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
+    Mean over heads, windows and all later queries; in a decoder the earlier ones do not see the token.
     """
     check_tokens(model, windows)
     with _eager_attention(model):
         shares = [
-            [float(weights[..., 1:, 0].float().mean()) for weights in _attentions(model, window)]
-            for window in progress(windows, "attention on the first token")
+            [float(weights[..., position + 1 :, position].float().mean()) for weights in _attentions(model, window)]
+            for window in progress(windows, f"attention on token {position}")
         ]
     return np.array(shares).mean(0)
+
+
+def attention_on_first(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> Float[np.ndarray, "layer"]:
+    """``attention_on`` the first token.
+
+    A large share is the attention sink of "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
+    """
+    return attention_on(model, windows, 0)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the 
     "95% of accuracy stays without 37.5% of attention layers (bucket)": r"37\.5%.*by bucket keeps 95% of accuracy$",
     "attention is more redundant than MLPs": r"^attention is more redundant than MLPs? .*by bucket",
 }
-ANSWERS = {"holds": "yes", "does not hold": "no", "inconclusive": "undecided"}
+ANSWERS = {"holds": "yes", "does not hold": "no", "inconclusive": "undecided", "single step": "no: one step"}
 
 
 def claim(

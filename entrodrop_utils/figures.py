@@ -2,10 +2,12 @@
 
 import io
 import string
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.style
+import numpy as np
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,6 +31,8 @@ COLOURS = {
 MARKERS = dict(zip(COLOURS, "os^Dv*PX.d", strict=True))
 STYLE = Path(__file__).with_name("entrodrop.mplstyle")
 WIDTH = 7.0  # inches: two columns of a paper
+HEADLINE = 88  # characters in a line of a figure's headline
+GREY = "#8a8a8a"  # of what is shown for context
 
 
 def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwargs) -> tuple[Figure, list[Axes]]:
@@ -56,6 +60,33 @@ def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-
     """A mean with its interval: ``table`` has the columns mean, low and high."""
     axis.plot(x, table["mean"], dash, color=colour, label=label)
     axis.fill_between(x, table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def title_sentence(figure: Figure, sentence: str) -> None:
+    """What the figure shows, as a sentence above it."""
+    figure.suptitle("\n".join(textwrap.wrap(sentence, HEADLINE)), x=0.01, ha="left", fontsize=10, fontweight="bold")
+
+
+def label_ends(axis: Axes, gap: float = 0.09, side: float = 1.0) -> None:
+    """The label of every line at its last point, in its colour, in place of a legend.
+
+    Labels are at least ``gap`` axis heights apart. Limits and scales must be set before.
+    """
+    lines = [line for line in axis.lines if not str(line.get_label()).startswith("_")]
+    to_axis = axis.transData + axis.transAxes.inverted()
+    ends = sorted((float(to_axis.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1]), i) for i, line in enumerate(lines))
+    height = -np.inf
+    for end, i in ends:
+        height = max(end, height + gap)
+        look = {"color": lines[i].get_color(), "fontsize": 8, "va": "center", "transform": axis.transAxes}
+        axis.text(side + 0.01, height, lines[i].get_label(), **look)
+
+
+def barcode(axis: Axes, chosen: Iterable[int], n_layers: int, height: float, colour: str) -> None:
+    """The chosen layers as bars over the relative depth, on a row at ``height``; the other layers are pale."""
+    chosen = set(chosen)
+    for layer in range(n_layers):
+        axis.barh(height, 0.86 / n_layers, 0.8, (layer + 0.07) / n_layers, color=colour if layer in chosen else "#eeeeee")
 
 
 def log_axis(axis: Axes) -> None:

@@ -6,7 +6,6 @@ An entropy is named by its estimator and by whether the first token of each wind
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
@@ -16,13 +15,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5EncoderModel
 
 from ..cached_scoring import cached_entropies
-from ..figures import COLOURS, band, panels
+from ..claims import claim_row
+from ..figures import COLOURS, GREY, band, barcode, label_ends, panels
 from ..profile import DEFAULT_SIZE, Profile
 from ..residual import states
 from ..scoring import METRICS, Metric, configured
 from ..selection import count_of
-from ..statistics import curve_table
-from .curves import curve_matrix
+from ..statistics import curve_table, half_sampling
+from .curves import curve_matrix, stage_claim, stages
 from .methods import Method, first_token_variants
 
 Entropy = tuple[str, bool]  # estimator, first_token
@@ -37,12 +37,7 @@ ENTROPY_NAMES: dict[Entropy, str] = {
 LABELS = ("metric", "first_token")
 FULL = "full"  # the attention pattern of the model itself
 POSITIONS = ("input", "after attention")  # of a layer's endpoints; the last endpoint is the "output" of the last layer
-PANELS = {
-    ("bucket", True): "bucket, all tokens",
-    ("bucket", False): "bucket, no first token",
-    ("knn", True): "KNN, all tokens",
-}
-LINES = [("#000000", "-"), ("#D55E00", "--"), ("#0072B2", ":"), ("#009E73", "-.")]
+PATTERN_LOOKS = [(GREY, "-"), (COLOURS["knn"], "-"), (COLOURS["bucket"], "--")]
 VOCABULARY = 1000  # of the untrained models
 
 
@@ -174,6 +169,38 @@ def not_measured(models: Iterable[str], measured: Iterable[str]) -> list[str]:
     return [model for model in dict.fromkeys(models) if model not in set(measured)]
 
 
+def curve_claims(curves: Curves, seed: int = 0) -> list[dict[str, object]]:
+    """The claim that each entropy falls, then rises; the same statistic as in notebook 01."""
+    pairs = ((name, stages(curves[entropy], seed)) for entropy, name in ENTROPY_NAMES.items())
+    return [stage_claim(name, stage.fall, stage.verdict) for name, stage in pairs]
+
+
+def first_dropped_claims(scores: pd.DataFrame, fraction: float = 0.25, seed: int = 0) -> list[dict[str, object]]:
+    """The claim, for each estimator, that the attention layers with the least increase are deep: their mean depth exceeds 1/2.
+
+    The layers are ranked again on every half of the windows.
+    """
+    rows = []
+    for estimator in ("bucket", "knn"):
+        values = sub_block_scores(scores, estimator, True, "attention")
+        n_layers = values.shape[1]
+
+        def depth(means: Float[np.ndarray, "layer"], n_layers=n_layers) -> float:
+            return float((means.argsort()[: count_of(fraction, n_layers)].mean() + 0.5) / n_layers - 0.5)
+
+        what = f"the {100 * fraction:.3g}% of attention layers with the least {ENTROPY_NAMES[estimator, True]} increase are deep"
+        rows.append(claim_row(f"{what}; measured: mean depth less 1/2", "results", "", half_sampling(depth, values, seed=seed)))
+    return rows
+
+
+def shared_choices(rankings: pd.DataFrame, family: str, fraction: float = 0.25) -> str:
+    """How many of the attention layers that bucket entropy drops first cosine drops too, as "2 of 8"."""
+    rows = rankings[(rankings.family == family) & (rankings.kind == "attention") & rankings.first_token]
+    n = count_of(fraction, rows.layer.nunique())
+    bucket, cosine = (set(rows[rows.metric == metric].nsmallest(n, "importance").layer) for metric in ("bucket", "cosine"))
+    return f"{len(bucket & cosine)} of {n}"
+
+
 def ranking_summary(rankings: pd.DataFrame, fraction: float = 0.25) -> pd.DataFrame:
     """Where each ranking starts, and how it agrees with that by cosine.
 
@@ -231,16 +258,37 @@ def _untrained(
 # Figures
 
 
-def curve_figure(curves: pd.DataFrame, by: str, x: str, xlabel: str, ylabel: str, columns: int = 3) -> Figure:
-    """Three panels of mean curves with bands, a line for each value of the column ``by`` over the column ``x``."""
-    figure, axes = panels(1, 3, height=2.6)
-    for axis, ((estimator, first_token), title) in zip(axes, PANELS.items(), strict=True):
-        rows = curves[(curves.estimator == estimator) & (curves.first_token == first_token)].rename(columns={"entropy": "mean"})
-        for (label, line), look in zip(rows.groupby(by, sort=False), itertools.cycle(LINES)):
-            band(axis, line[x], line, label, *look)
-        axis.set(title=title, xlabel=xlabel)
-    axes[0].set_ylabel(ylabel)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+def trained_figure(curves: pd.DataFrame, verdicts: Mapping[tuple[str, str], str]) -> Figure:
+    """Bucket and KNN entropy (rows) of every family (columns) over the share of its depth, all tokens over those without the first.
+
+    Args:
+        curves: family, estimator, first_token, depth, entropy, low, high.
+        verdicts: (family, estimator) -> the verdict on all tokens.
+    """
+    families = list(dict.fromkeys(curves.family))
+    figure, axes = panels(2, len(families), height=1.7, sharex=True)
+    for axis, (estimator, family) in zip(axes, itertools.product(("bucket", "knn"), families), strict=True):
+        rows = curves[(curves.family == family) & (curves.estimator == estimator)].rename(columns={"entropy": "mean"})
+        for first_token, colour, label in ((False, GREY, "without the first token"), (True, COLOURS[estimator], "all tokens")):
+            line = rows[rows.first_token == first_token]
+            band(axis, line.depth, line, label, colour)
+        title = verdicts.get((family, estimator), "")
+        axis.set_title(f"{family}\n{title}" if estimator == "bucket" else title, fontsize=9)
+    for axis, name in zip(axes[:: len(families)], ("bucket", "KNN"), strict=True):
+        axis.set_ylabel(f"{name} (nats)")
+    figure.supxlabel("share of the depth", fontsize=9)
+    return figure
+
+
+def pattern_figure(curves: pd.DataFrame) -> Figure:
+    """Bucket entropy of all tokens under every attention pattern; that of the model itself is grey."""
+    figure, (axis,) = panels(1, 1, height=2.8)
+    rows = curves[(curves.estimator == "bucket") & curves.first_token].rename(columns={"entropy": "mean"})
+    for (attention, line), look in zip(rows.groupby("attention", sort=False), PATTERN_LOOKS, strict=True):
+        band(axis, layers_passed(line), line, attention.replace(" and ", "\nand "), *look)
+    axis.set(xlabel="layers passed", ylabel="bucket entropy (nats)")
+    axis.set_xlim(0, layers_passed(rows).max())
+    label_ends(axis, gap=0.12)
     return figure
 
 
@@ -262,8 +310,8 @@ def untrained_figure(curves: Mapping[str, Curves], seed: int = 0) -> Figure:
     return figure
 
 
-def rank_figure(rankings: pd.DataFrame) -> Figure:
-    """The rank of every attention layer and MLP over the depth of each model, a row per ranking; the darkest is dropped first."""
+def barcode_figure(rankings: pd.DataFrame, fraction: float = 0.25) -> Figure:
+    """Which attention layers and MLPs each ranking drops first, a fraction of them, as barcodes over the depth of each model."""
     shown = [Method("bucket"), Method("bucket", first_token=False), Method("knn"), Method("cosine")]
     rows = list(itertools.product(rankings.family.unique(), shown))
     heights = [i + i // len(shown) / 2 for i in range(len(rows))]
@@ -272,8 +320,8 @@ def rank_figure(rankings: pd.DataFrame) -> Figure:
         for height, (family, method) in zip(heights, rows, strict=True):
             part = rankings[(rankings.family == family) & (rankings.kind == kind)]
             part = part[(part.metric == method.metric) & (part.first_token == method.first_token)]
-            colours, width = matplotlib.colormaps["cividis"](part["rank"]), 1 / len(part)
-            axis.barh([height] * len(part), width, 0.9, part.depth - width / 2, color=colours, edgecolor="white", linewidth=0.3)
+            first = part.nsmallest(count_of(fraction, len(part)), "importance").layer
+            barcode(axis, first, len(part), height, COLOURS[method.metric])
         axis.set(title=kind.replace("mlp", "MLP"), xlabel="share of the depth", xlim=(0, 1))
         labels = [f"{family}:  {method.label}" if method == shown[0] else method.label for family, method in rows]
         axis.set_yticks(heights, labels)

@@ -1,26 +1,27 @@
-"""One trained decoder under restricted attention: its loss, its entropy curve and its rankings under every attention pattern."""
+"""One trained decoder under restricted attention: windows of attention, and the first token hidden from the later ones."""
 
 import itertools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..attention import Rule, restricted
-from ..cached_scoring import cached_score
+from ..attention import Rule, attention_on, restricted
+from ..cached_scoring import cached_entropies, cached_score
 from ..evaluation import perplexity
-from ..families.decoder import decoder_layers
-from ..residual import states
-from ..scoring import Metric
-from ..statistics import kendall_interval, mean_interval
+from ..scoring import Metric, without_first
+from ..statistics import interval_table, kendall_interval, mean_interval
 from .architectures import FULL, LABELS, Curves, Entropy, sub_block_scores, summed_curves
-from .curves import boundary_layer
+from .curves import stages
 from .methods import Method
 
+MASKED = "first token hidden"
+TOKENS = ("all tokens", "without the first token", "without the first two tokens")
 FALL, LOSS, TAU = "fall", "loss above full attention", "tau with full attention"  # in nats, in nats per token, of two rankings
 
 
@@ -31,13 +32,49 @@ class PatternResult(NamedTuple):
         scores: kind, layer, metric, first_token, sequence, value.
         curves: the entropy of the residual stream.
         loss: of every held-out window, nats per token.
-        largest: for some windows, which token has the largest activation after half of the layers.
     """
 
     scores: pd.DataFrame
     curves: Curves
     loss: Float[np.ndarray, "window"]
-    largest: list[int]
+
+
+def masked_first(
+    model: PreTrainedModel, windows: Int[Tensor, "sequence token"], metrics: Mapping[str, Metric], seed: int = 0
+) -> pd.DataFrame:
+    """What tokens of a decoder make of its curves, when all tokens see the first one and when the later ones do not.
+
+    A token that is hidden from the later ones cannot be their attention sink.
+
+    Returns:
+        attention (``FULL``, ``MASKED``), tokens (of ``TOKENS``), metric, endpoint, mean, low, high (over windows).
+    """
+    variants = {}
+    for name, metric in metrics.items():
+        for tokens in TOKENS:
+            variants[tokens, name] = metric
+            metric = without_first(metric)
+    labels, tables = ["tokens", "metric"], []
+    for attention in (FULL, MASKED):
+        with restricted(model, hidden_first) if attention == MASKED else nullcontext():
+            table = cached_entropies(model, windows, variants, labels)
+        tables.append(interval_table(table, [*labels, "endpoint"]).assign(attention=attention))
+    return pd.concat(tables, ignore_index=True)[["attention", *labels, "endpoint", "mean", "low", "high"]]
+
+
+def sinks(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> pd.DataFrame:
+    """The share of the later tokens' attention that the first and the second token receive: attention, token, layer, share."""
+    tables = []
+    for attention, (token, position) in itertools.product((FULL, MASKED), (("first", 0), ("second", 1))):
+        with restricted(model, hidden_first) if attention == MASKED else nullcontext():
+            shares = attention_on(model, windows, position)
+        tables.append(pd.DataFrame({"attention": attention, "token": token, "layer": range(len(shares)), "share": shares}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def hidden_first(query: Int[Tensor, "query 1"], key: Int[Tensor, "1 key"]) -> Bool[Tensor, "query key"]:
+    """The rule that hides the first token from all later ones."""
+    return (key > 0) | (query == 0)
 
 
 def attention_patterns(width: int = 32) -> dict[str, Rule]:
@@ -46,7 +83,6 @@ def attention_patterns(width: int = 32) -> dict[str, Rule]:
         FULL: lambda query, key: key <= query,
         f"window of {width}": lambda query, key: query - key < width,
         f"window of {width} and first token": lambda query, key: (query - key < width) | (key == 0),
-        "first token masked": lambda query, key: (key > 0) | (query == 0),
     }
 
 
@@ -57,24 +93,19 @@ def measure_patterns(
     windows: Int[Tensor, "sequence token"],
     curves: Curves,
     held_out: Int[Tensor, "window token"],
-    n_largest: int,
 ) -> dict[str, PatternResult]:
     """A decoder under every attention pattern.
 
     Args:
         curves: the curves of ``windows`` under full attention; all patterns share their first point, the embeddings.
-        n_largest: number of windows in which the token with the largest activation is located.
     """
     unrestricted = cached_score(model, windows, metrics, labels=LABELS)
-    results, middle = {}, len(decoder_layers(model))  # an endpoint: there are two per layer
+    results = {}
     for name, rule in patterns.items():
         with restricted(model, rule):
             scores = unrestricted if name == FULL else cached_score(model, windows, metrics, labels=LABELS)
             loss = perplexity(model, held_out).per_window
-            streams = [states(model, window[None])[middle, 0] for window in windows[:n_largest]]
-        results[name] = PatternResult(
-            scores, summed_curves(scores, curves), loss, [int(state.abs().amax(-1).argmax()) for state in streams]
-        )
+        results[name] = PatternResult(scores, summed_curves(scores, curves), loss)
     return results
 
 
@@ -91,17 +122,12 @@ def pattern_table(results: Mapping[str, PatternResult], seed: int = 0) -> pd.Dat
     metrics = full.scores[["metric", "first_token"]].drop_duplicates().itertuples(index=False, name=None)
     rankings = list(itertools.product(("attention", "mlp"), metrics))
     for name, result in results.items():
-        rows += [(name, FALL, None, *entropy, *mean_interval(fall(values), seed)) for entropy, values in result.curves.items()]
-        rows.append((name, LOSS, None, None, None, *mean_interval(result.loss - full.loss, seed)))
+        rows += [(name, FALL, None, *entropy, *stages(values, seed).fall) for entropy, values in result.curves.items()]
+        rows.append((name, LOSS, None, None, None, *mean_interval(result.loss - full.loss)))
         for kind, metric in rankings:
             scores, reference = (sub_block_scores(table, *metric, kind) for table in (result.scores, full.scores))
             rows.append((name, TAU, kind, *metric, *kendall_interval(reference, scores, seed=seed)))
     return pd.DataFrame(rows, columns=columns)
-
-
-def fall(values: Float[np.ndarray, "sequence endpoint"]) -> Float[np.ndarray, "sequence"]:
-    """Nats by which each curve falls from the first layer's input to the layer input where the mean curve is lowest."""
-    return values[:, 0] - values[:, 2 * boundary_layer(values.mean(0))]
 
 
 def pattern_columns(variants: pd.DataFrame) -> pd.DataFrame:
@@ -113,6 +139,12 @@ def pattern_columns(variants: pd.DataFrame) -> pd.DataFrame:
     values = [f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in variants.itertuples()]
     table = variants.assign(name=names, shown=values)
     return table.pivot_table(index="name", columns="attention", values="shown", aggfunc="first", sort=False)
+
+
+def bucket_falls(variants: pd.DataFrame) -> str:
+    """The fall of bucket entropy of all tokens under each attention pattern, in words."""
+    rows = variants[(variants.quantity == FALL) & (variants.metric == "bucket") & (variants.first_token == True)]  # noqa: E712
+    return ", ".join(f"{row.value:.0f} ({row.attention})" for row in rows.itertuples())
 
 
 def pattern_sentences(variants: pd.DataFrame) -> list[str]:

@@ -2,57 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
-from ..claims import claim, claim_row
 from ..profile import Profile
-from ..selection import count_of
-from ..statistics import Interval, bootstrap_means, ends
-from .architectures import ENTROPY_NAMES, Curves, committed_table, not_measured, sub_block_scores
-from .curves import boundary_layer
+from .architectures import ENTROPY_NAMES, committed_table, not_measured
 
 STATEMENT_COLUMNS = ["claim", "family", "weights", "measured", "low", "high", "verdict"]
 COST_WORDS = "beats cosine|more redundant"  # in the statements about costs, at any fraction
 ESTIMATORS = {metric: ENTROPY_NAMES[metric, True] for metric in ("bucket", "knn")}
-
-
-def stage_claims(curves: Curves, seed: int = 0) -> list[dict[str, object]]:
-    """The claim that each entropy falls, then rises: the smaller of fall and rise, in nats, exceeds zero.
-
-    The boundary between fall and rise is the lowest point of the other half of the windows, so noise alone makes no valley.
-    """
-    named = ((name, curves[entropy]) for entropy, name in ENTROPY_NAMES.items())
-    return [claim(f"{name} falls, then rises", "abstract", _valley(values), seed=seed) for name, values in named]
-
-
-def _valley(values: Float[np.ndarray, "sequence endpoint"]) -> Float[np.ndarray, "sequence"]:
-    """The smaller of fall and rise of every window."""
-    depths = []
-    for half in (0, 1):
-        mean, measured = values[half::2].mean(0), values[1 - half :: 2]
-        lower_end = 0 if mean[0] <= mean[-1] else -1
-        depths.append(measured[:, lower_end] - measured[:, 2 * boundary_layer(mean)])
-    return np.concatenate(depths)
-
-
-def depth_claims(scores: pd.DataFrame, fraction: float = 0.25, seed: int = 0) -> list[dict[str, object]]:
-    """The claim, for each estimator, that the attention layers with the least increase are deep: their mean depth exceeds 1/2.
-
-    The layers are ranked again in every bootstrap draw.
-    """
-    rows = []
-    for estimator, name in ESTIMATORS.items():
-        values = sub_block_scores(scores, estimator, True, "attention")
-        means, n_layers = np.vstack([values.mean(0), bootstrap_means(values, seed=seed)]), values.shape[1]
-        least = means.argsort(1)[:, : count_of(fraction, n_layers)]
-        depth, *draws = (least.mean(1) + 0.5) / n_layers - 0.5
-        text = (
-            f"the {100 * fraction:.3g}% of attention layers with the least {name} increase are deep; measured: mean depth less 1/2"
-        )
-        rows.append(claim_row(text, "results", "", Interval(depth, *ends(np.array(draws)))))
-    return rows
 
 
 def cost_statements(fraction: float = 0.375) -> dict[str, tuple[str, ...]]:
@@ -80,11 +37,6 @@ def statement_rows(claims: Iterable[Mapping[str, object]], family: str, weights:
     """Claims, without their quantities, as statements about a family: claim, family, weights, measured, low, high, verdict."""
     table = pd.DataFrame(claims, columns=["claim", "measured", "low", "high", "verdict"])
     return table.assign(claim=table.claim.str.split(";").str[0], family=family, weights=weights)[STATEMENT_COLUMNS]
-
-
-def untrained_statements(untrained: Mapping[str, Curves], seed: int = 0) -> pd.DataFrame:
-    """The statements about the stages of untrained models: family -> its curves."""
-    return pd.concat([statement_rows(stage_claims(curves, seed), family, "random") for family, curves in untrained.items()])
 
 
 def committed_statements(profile: Profile, models: Iterable[str], name: str, fraction: float = 0.375) -> pd.DataFrame:
