@@ -310,7 +310,7 @@ def untrained_figure(curves: Mapping[str, Curves], seed: int = 0) -> Figure:
     return figure
 
 
-def barcode_figure(rankings: pd.DataFrame, fraction: float = 0.25) -> Figure:
+def family_barcodes(rankings: pd.DataFrame, fraction: float = 0.25) -> Figure:
     """Which attention layers and MLPs each ranking drops first, a fraction of them, as barcodes over the depth of each model."""
     shown = [Method("bucket"), Method("bucket", first_token=False), Method("knn"), Method("cosine")]
     rows = list(itertools.product(rankings.family.unique(), shown))
