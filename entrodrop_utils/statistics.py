@@ -24,7 +24,10 @@ class Interval(NamedTuple):
     high: float
 
     def __format__(self, spec: str) -> str:
-        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        estimate, low, high = (f"{value:{spec}}" for value in self)
+        if spec.endswith("g"):  # without exponents below a million
+            estimate, low, high = (f"{float(text):g}" for text in (estimate, low, high))
+        return f"{estimate} [{low}, {high}]"
 
 
 def mean_ends(values: Float[np.ndarray, "unit *rest"], confidence: float = CONFIDENCE) -> tuple:
@@ -89,10 +92,12 @@ def half_interval(estimate: float, halves: Float[np.ndarray, "draw"], n_units: i
     """The interval of a statistic from its values on halves of the units: estimate +- t * root mean square deviation of a half.
 
     The deviation is that from the estimate, so it holds the bias which noise gives to an agreement of rankings. The ends are not
-    moved into the range of the statistic.
+    moved into the range of the statistic; for fewer than two units they are nan.
     """
+    if n_units < 2:
+        return Interval(float(estimate), float("nan"), float("nan"))
     deviation = np.sqrt(np.mean((np.asarray(halves) - estimate) ** 2))
-    width = stats.t.ppf(0.5 + CONFIDENCE / 2, n_units - 1) * deviation if n_units > 1 else np.nan
+    width = stats.t.ppf(0.5 + CONFIDENCE / 2, n_units - 1) * deviation
     return Interval(float(estimate), float(estimate - width), float(estimate + width))
 
 

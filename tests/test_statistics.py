@@ -87,6 +87,7 @@ def test_the_interval_of_a_curve_is_that_of_each_of_its_points():
 
 def test_an_interval_is_written_with_its_ends():
     assert f"{Interval(0.5, 0.25, 1):.2f}" == "0.50 [0.25, 1.00]"
+    assert f"{Interval(-1500.4, -1521.6, 0.01234):.3g}" == "-1500 [-1520, 0.0123]"
 
 
 @pytest.mark.parametrize(

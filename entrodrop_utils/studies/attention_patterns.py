@@ -15,7 +15,7 @@ from ..attention import Rule, attention_on, restricted
 from ..cached_scoring import cached_entropies, cached_score
 from ..evaluation import perplexity
 from ..scoring import Metric, without_first
-from ..statistics import interval_table, kendall_interval, mean_interval
+from ..statistics import Interval, interval_table, kendall_interval, mean_interval
 from .architectures import FULL, LABELS, Curves, Entropy, sub_block_scores, summed_curves
 from .curves import stages
 from .methods import Method
@@ -136,7 +136,7 @@ def pattern_columns(variants: pd.DataFrame) -> pd.DataFrame:
     for row in variants.itertuples():
         metric = Method(row.metric, first_token=row.first_token).label if row.quantity != LOSS else ""
         names.append({FALL: f"fall by {metric}", LOSS: LOSS, TAU: f"tau: {row.kind} by {metric}"}[row.quantity])
-    values = [f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in variants.itertuples()]
+    values = [f"{Interval(row.value, row.low, row.high):.3g}" for row in variants.itertuples()]
     table = variants.assign(name=names, shown=values)
     return table.pivot_table(index="name", columns="attention", values="shown", aggfunc="first", sort=False)
 

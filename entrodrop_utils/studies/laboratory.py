@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from ..entropy import shared
-from ..figures import COLOURS, panels
+from ..figures import COLOURS, GREY, panels
 from ..scoring import Metric
 from ..statistics import mean_interval
 
@@ -30,7 +29,7 @@ def draw_sample(distribution: str, n_tokens: int, dim: int, rng: np.random.Gener
 
 
 def _summary(values: Float[np.ndarray, "draw"], truth: float, seed: int) -> tuple[float, ...]:
-    mean, low, high = mean_interval(values, seed)
+    mean, low, high = mean_interval(values)
     return truth, mean, low, high, mean - truth, values.std(ddof=1)
 
 
@@ -143,31 +142,16 @@ def reaction_table(reactions: pd.DataFrame) -> pd.DataFrame:
     return table.pivot_table(index="change", columns="estimator", values="cell", aggfunc="first", sort=False)
 
 
-def draw_laboratory(known: pd.DataFrame, reactions: pd.DataFrame) -> Figure:
-    """Left: bias per dimension of the estimators with a true value. Right: relative change of every estimate, * if not as
-    demanded.
-    """
-    figure, (left, right) = panels(1, 2, height=3.4, width_ratios=[1, 1.1])
-    biases = known.assign(per_dimension=known.bias / known.dim)
-    biases = biases.pivot_table(index=["estimator", "setting"], columns=["dim", "sample"], values="per_dimension", sort=False)
-    n_distributions, colours = len(DISTRIBUTIONS), list(COLOURS.values())
-    for i, ((dim, name), values) in enumerate(biases.items()):
-        x = np.arange(len(biases)) + (i - (biases.shape[1] - 1) / 2) * 0.13
-        marker, colour = "os^"[i % n_distributions], colours[i // n_distributions % len(colours)]
-        left.plot(x, values, marker, color=colour, label=f"{name}, {dim} dimensions", markersize=5)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set_xticks(range(len(biases)), ["\n".join(filter(None, names)) for names in biases.index], fontsize=8)
-    left.set(title="bias by distribution and dimensions", ylabel="nats per dimension")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7)
-    relative = reactions["mean"] / reactions.before.abs()
-    notes = relative.map(lambda v: f"{v:+.0%}" if abs(v) >= 0.005 else "0") + np.where(reactions.as_demanded == "no", "*", "")
-    table = reactions.assign(relative=relative, note=notes)
-    shares, notes = (
-        table.pivot_table(index="sample", columns="estimator", values=column, aggfunc="first", sort=False)
-        for column in ("relative", "note")
-    )
-    look = {"cmap": "PuOr", "vmin": -1.5, "vmax": 1.5, "cbar": False, "annot_kws": {"size": 7}}
-    sns.heatmap(shares, ax=right, annot=notes, fmt="", **look)
-    right.set_xticklabels([name.replace("_", "\n") for name in shares], rotation=0, fontsize=7)
-    right.set(title="change (* not as demanded)", xlabel="", ylabel="")
+def draw_laboratory(known: pd.DataFrame) -> Figure:
+    """Bias per dimension of the estimators with a true value, by distribution, in the largest number of dimensions."""
+    figure, (axis,) = panels(1, 1, height=2.8)
+    rows = known[known.dim == known.dim.max()]
+    biases = rows.assign(per_dimension=rows.bias / rows.dim)
+    biases = biases.pivot_table("per_dimension", ["estimator", "setting"], "sample", sort=False).iloc[::-1]
+    for (name, values), colour, marker in zip(biases.items(), (GREY, COLOURS["knn"], COLOURS["bucket"]), "os^", strict=True):
+        axis.plot(values, range(len(biases)), marker, color=colour, label=name, markersize=6)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(biases)), [" ".join(filter(None, names)) for names in biases.index])
+    axis.set_xlabel("bias (nats per dimension)")
+    axis.legend(loc="best")
     return figure

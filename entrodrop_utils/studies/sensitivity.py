@@ -5,7 +5,7 @@ their rankings, and the overlap of their choices. The cost of a setting is the l
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -19,16 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cached_scoring import cached_score
-from ..claims import claim, claim_row
+from ..claims import claim_row
 from ..entropy import ESTIMATORS
 from ..evaluation import losses_by_set
 from ..families.decoder import decoder_layers
-from ..figures import COLOURS, MARKERS, panels
+from ..figures import COLOURS, GREY, MARKERS, panels
 from ..layerwise import DropSet
 from ..residual import SubBlock
 from ..scoring import Metric, configured, first_tokens, without_first
-from ..selection import NoFallingStage, one_shot, protected_layers, two_stage
-from ..statistics import Interval, bootstrap_means, ends, paired_difference
+from ..selection import one_shot, protected_layers, stage_boundary, two_stage
+from ..statistics import Interval, half_interval, half_means, paired_difference, verdict
 from ..text import text_digest, windows
 from .methods import losses_of
 
@@ -38,7 +38,6 @@ GROUPS = dict.fromkeys(PARAMETERS, "parameter") | {"text": "text", "tokens": "to
 ALL = "all"  # the mean of the groups
 PAPER = ("bucket", "knn")
 ALTERNATIVES = ("renyi", "gaussian", "matrix_renyi")
-ALTERNATIVES_NAME = "Renyi, Gaussian and matrix-based Renyi entropy"
 SOURCE = "estimators"  # the part of the paper that makes the claims
 
 
@@ -62,8 +61,28 @@ Tables = Mapping[Setting, Float[np.ndarray, "sequence layer"]]
 Orders = Mapping[Setting, list[SubBlock]]
 Sets = Mapping[Setting, DropSet]
 Losses = Mapping[DropSet, pd.DataFrame]  # window, nll, kl
-# Measures by draws: tau, then the overlap of every count; the estimate first, then its bootstrap draws
-Agreement = Float[np.ndarray, "measure draw"]
+
+
+class Agreement(NamedTuple):
+    """The agreement of a setting with its reference, or a mean of several.
+
+    Attributes:
+        draws: measures (tau, then the overlap of every count) by the estimate, which comes first, and its values on halves.
+        n_units: sequences behind it, the smaller number of two samples; 0 where nothing was resampled.
+    """
+
+    draws: Float[np.ndarray, "measure draw"]
+    n_units: int
+
+    def interval(self, measure: int) -> Interval:
+        """One measure with its interval; nan where nothing was resampled."""
+        estimate, *halves = self.draws[measure]
+        return half_interval(estimate, np.array(halves), self.n_units)
+
+
+def mean_of(parts: Sequence[Agreement]) -> Agreement:
+    """The mean of several agreements, half by half."""
+    return Agreement(np.mean([part.draws for part in parts], axis=0), min(part.n_units for part in parts))
 
 
 def reference_of(metric: str) -> Setting:
@@ -181,10 +200,8 @@ def orders_by_setting(scores: pd.DataFrame, protected: Sequence[int], n: int) ->
         one_shot(rows, setting.metric, KIND, n, protected)  # refuses too large a number
     orders = {setting: one_shot(rows, setting.metric, KIND, protected=protected) for setting, rows in groups.items()}
     entropies = [setting.metric for setting in groups if setting.factor == "reference" and setting.metric in ESTIMATORS]
-    for name in entropies:
-        with suppress(NoFallingStage):  # the rule is not applicable
-            orders[Setting("rule", "two-stage", name)] = two_stage(groups[reference_of(name)], name, KIND)
-    return orders
+    falling = [name for name in entropies if stage_boundary(groups[reference_of(name)], name)]  # the rule needs a falling stage
+    return orders | {Setting("rule", "two-stage", name): two_stage(groups[reference_of(name)], name, KIND) for name in falling}
 
 
 def sets_of_size(orders: Orders, n: int) -> dict[Setting, DropSet]:
@@ -203,37 +220,27 @@ def _overlap(ranking: np.ndarray, reference: np.ndarray, n: int) -> float:
 
 
 def agreements(tables: Tables, orders: Orders, counts: Sequence[int], draws: int = 200, seed: int = 0) -> dict[Setting, Agreement]:
-    """The agreement of every setting with the reference of its metric.
+    """The agreement of every setting with the reference of its metric, and on halves of the sequences.
 
-    The sequences are resampled, the same ones on both sides where both were measured on the same text. The two-stage rule has the
-    reference's ranking and another choice: its tau is 1, and it has no draws.
+    The halves are the same on both sides where both were measured on the same text. The two-stage rule has the reference's ranking
+    and another choice: its tau is 1, and nothing is resampled.
     """
     result = {}
     for setting, order in orders.items():
         reference = reference_of(setting.metric)
         if setting in tables:
-            means = (
-                np.vstack([values.mean(0), bootstrap_means(values, draws, seed)]) for values in (tables[setting], tables[reference])
-            )
-            pairs = list(zip(*means, strict=True))
-            overlaps = [[_overlap(x, y, n) for x, y in pairs] for n in counts]
-            result[setting] = np.array([[kendalltau(x, y).statistic for x, y in pairs], *overlaps])
+            pair = tables[setting], tables[reference]
+            means = [np.vstack([values.mean(0), half_means(values, draws, seed)]) for values in pair]
+            overlaps = [[_overlap(x, y, n) for x, y in zip(*means, strict=True)] for n in counts]
+            taus = [kendalltau(x, y).statistic for x, y in zip(*means, strict=True)]
+            result[setting] = Agreement(np.array([taus, *overlaps]), min(map(len, pair)))
         else:
             overlaps = [len({*order[:n]} & {*orders[reference][:n]}) / n for n in counts]
-            result[setting] = np.tile(np.array([[1.0], *([share] for share in overlaps)]), 2)
+            result[setting] = Agreement(np.array([[1.0], *([share] for share in overlaps)]), 0)
     return result
 
 
-def interval_of(values: Float[np.ndarray, "draw"]) -> Interval:
-    """The estimate, which comes first, and its interval, which is widened to hold it: resampling tends to lower an agreement."""
-    estimate, draws = values[0], values[1:][np.isfinite(values[1:])]
-    low, high = ends(draws) if len(draws) else (np.nan, np.nan)
-    return Interval(float(estimate), float(np.fmin(low, estimate)), float(np.fmax(high, estimate)))
-
-
-def sensitivity_table(
-    agreement: Mapping[Setting, Agreement], overlaps: Sequence[str], sets: Sets, losses: Losses, seed: int = 0
-) -> pd.DataFrame:
+def sensitivity_table(agreement: Mapping[Setting, Agreement], overlaps: Sequence[str], sets: Sets, losses: Losses) -> pd.DataFrame:
     """One row per setting.
 
     Args:
@@ -246,18 +253,18 @@ def sensitivity_table(
     measures = [f"{name}{end}" for name in ("tau", *overlaps) for end in ("", "_low", "_high")]
     costs = ["loss_increase", "loss_low", "loss_high", "against_reference", "against_low", "against_high"]
     rows = []
-    for setting, values in agreement.items():
+    for setting, found in agreement.items():
         row = [*setting, KIND, setting.factor != "first token", "two-stage" if setting.factor == "rule" else "one-shot"]
-        row += [number for draws in values for number in interval_of(draws)]
+        row += [number for measure in range(len(found.draws)) for number in found.interval(measure)]
         for reference in ((), sets[reference_of(setting.metric)]):
-            row += loss_difference(losses, sets[setting], reference, seed) if setting in sets else [np.nan] * 3
+            row += loss_difference(losses, sets[setting], reference) if setting in sets else [np.nan] * 3
         rows.append(row)
     return pd.DataFrame(rows, columns=[*LABELS, "kind", "first_token", "rule", *measures, *costs])
 
 
-def loss_difference(losses: Losses, drop_set: DropSet, reference: DropSet, seed: int = 0) -> Interval:
+def loss_difference(losses: Losses, drop_set: DropSet, reference: DropSet) -> Interval:
     """Loss without one set minus loss without another, paired over windows."""
-    return paired_difference(losses[drop_set].nll.to_numpy(), losses[reference].nll.to_numpy(), seed)
+    return paired_difference(losses[drop_set].nll.to_numpy(), losses[reference].nll.to_numpy())
 
 
 def robustness(agreement: Mapping[Setting, Agreement], tables: Tables) -> dict[tuple[str, str], Agreement]:
@@ -265,21 +272,21 @@ def robustness(agreement: Mapping[Setting, Agreement], tables: Tables) -> dict[t
     groups, which count alike.
     """
     parts: dict[tuple[str, str], list[Agreement]] = {}
-    for setting, values in agreement.items():
+    for setting, found in agreement.items():
         if setting.factor in GROUPS and not np.array_equal(tables[setting], tables[reference_of(setting.metric)]):
-            parts.setdefault((setting.metric, GROUPS[setting.factor]), []).append(values)
+            parts.setdefault((setting.metric, GROUPS[setting.factor]), []).append(found)
     result = {}
     for name in dict.fromkeys(setting.metric for setting in agreement):
         groups = [group for group in dict.fromkeys(GROUPS.values()) if (name, group) in parts]
-        result |= {(name, group): np.mean(parts[name, group], axis=0) for group in groups}
+        result |= {(name, group): mean_of(parts[name, group]) for group in groups}
         if groups:
-            result[name, ALL] = np.mean([result[name, group] for group in groups], axis=0)
+            result[name, ALL] = mean_of([result[name, group] for group in groups])
     return result
 
 
 def robustness_table(robust: Mapping[tuple[str, str], Agreement]) -> pd.DataFrame:
     """metric, group, mean, low, high of tau."""
-    rows = [(*key, *interval_of(values[0])) for key, values in robust.items()]
+    rows = [(*key, *found.interval(0)) for key, found in robust.items()]
     return pd.DataFrame(rows, columns=["metric", "group", "mean", "low", "high"])
 
 
@@ -298,28 +305,23 @@ def listed(values: pd.Series, form: str = "{}") -> str:
     return ", ".join(f"{name} {form.format(value)}" for name, value in values.items() if value != "") or "none"
 
 
-def advantage(robust: Mapping[tuple[str, str], Agreement], metrics: Iterable[str], others: Iterable[str]) -> Agreement:
-    """How much more robust metrics are than others: mean difference over the groups for which both have settings."""
-    differences = []
-    for group in dict.fromkeys(GROUPS.values()):
-        sides = [[robust[name, group] for name in names if (name, group) in robust] for names in (metrics, others)]
-        if all(sides):
-            differences.append(np.mean(sides[0], axis=0) - np.mean(sides[1], axis=0))
-    if not differences:
+def advantage(robust: Mapping[tuple[str, str], Agreement], metric: str, other: str) -> Agreement:
+    """How much more robust a metric is than another: mean difference over the groups for which both have settings.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    pairs = [(robust.get((metric, group)), robust.get((other, group))) for group in dict.fromkeys(GROUPS.values())]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
         raise ValueError("there is nothing to compare: try another value of a parameter, another length or another text")
-    return np.mean(differences, axis=0)
+    return mean_of([Agreement(a.draws - b.draws, min(a.n_units, b.n_units)) for a, b in pairs])
 
 
-def loss_advantage(losses: Losses, sets: Sets, metrics: Iterable[str], others: Iterable[str]) -> Float[np.ndarray, "window"]:
-    """How much more the choices of other metrics cost than those of some metrics, with the reference settings, in each window."""
-    ours, theirs = ([losses[sets[reference_of(name)]].nll.to_numpy() for name in names] for names in (metrics, others))
-    return np.mean(theirs, axis=0) - np.mean(ours, axis=0)
-
-
-def choice_stability(agreement: Mapping[Setting, Agreement], sources: Iterable[str], metric: str) -> Float[np.ndarray, "draw"]:
+def choice_stability(agreement: Mapping[Setting, Agreement], sources: Iterable[str], metric: str) -> Interval:
     """Mean share of the choice that other texts choose again; nan if there are none."""
-    shares = [agreement[Setting("text", source, metric)][-1] for source in sources]
-    return np.mean(shares or [[np.nan, np.nan]], axis=0)
+    shares = [agreement[Setting("text", source, metric)] for source in sources]
+    return mean_of(shares).interval(-1) if shares else Interval(*[float("nan")] * 3)
 
 
 def sensitivity_claims(
@@ -331,28 +333,34 @@ def sensitivity_claims(
     texts: Sequence[str],
     metrics: Iterable[str],
     goal: float,
-    seed: int = 0,
 ) -> pd.DataFrame:
-    """The claims about robustness, about the loss, and about the texts for each of some metrics.
+    """The claims about robustness and about the loss, for each of the paper's estimators against each alternative, and about the
+    texts for each of some metrics.
 
     Args:
         share: the share of the layers that is dropped, in words.
         texts: the texts that the claim about texts is about.
         goal: the share of the choice that they must choose again.
     """
-    more = f"bucket and KNN are more robust than {ALTERNATIVES_NAME}; measured: difference in"
-    loss = f"bucket and KNN choose better than {ALTERNATIVES_NAME}; measured: loss difference at {share}, nats per token"
-    stable = "the choice is stable across calibration texts ({}); measured: share of the {} chosen again, goal {:g}"
-    difference = advantage(robust, PAPER, ALTERNATIVES)
-    rows = [
-        claim_row(f"{more} tau", SOURCE, "", interval_of(difference[0])),
-        claim_row(f"{more} overlap of the choice of {share}", SOURCE, "", interval_of(difference[-1])),
-        claim(loss, SOURCE, loss_advantage(losses, sets, PAPER, ALTERNATIVES), seed=seed),
-    ]
+    pairs, rows = list(product(PAPER, ALTERNATIVES)), []
+    for name, other in pairs:
+        text = f"{name} is more robust than {other}; measured: difference in tau"
+        rows.append(claim_row(text, SOURCE, "", advantage(robust, name, other).interval(0)))
+    for name, other in pairs:
+        text = f"{name} chooses better than {other}; measured: loss difference at {share}, nats per token"
+        rows.append(claim_row(text, SOURCE, "", loss_difference(losses, *(sets[reference_of(m)] for m in (other, name)))))
     for name in metrics:
-        measured = interval_of(choice_stability(agreement, texts, name))
-        rows.append(claim_row(stable.format(name, share, goal), SOURCE, "", measured, goal))
+        text = f"the choice is stable across calibration texts ({name}); measured: share of the {share} chosen again, goal {goal:g}"
+        rows.append(claim_row(text, SOURCE, "", choice_stability(agreement, texts, name), goal))
     return pd.DataFrame(rows)
+
+
+def claim_matrix(claims: pd.DataFrame) -> pd.DataFrame:
+    """The claims about two estimators for display: a row for each quantity and alternative, a column for each of the paper's."""
+    parts = claims.claim.str.extract(r"^(?P<metric>\w+) (?P<what>is more robust|chooses better) than (?P<other>\w+);")
+    values = [f"{row.verdict}: {row.measured:+.2f} [{row.low:+.2f}, {row.high:+.2f}]" for row in claims.itertuples()]
+    table = parts.assign(value=values).dropna()
+    return table.pivot_table(index=["what", "other"], columns="metric", values="value", aggfunc="first", sort=False)
 
 
 def estimator_operations(metric: str, n_tokens: int, dim: int) -> float:
@@ -387,26 +395,40 @@ def setting_costs(table: pd.DataFrame, tables: Tables, model: PreTrainedModel, n
     return rows.assign(name=names, cost=costs)
 
 
-def recommended(costs: pd.DataFrame, sets: Sets, losses: Losses, seed: int = 0) -> pd.Series:
-    """The cheapest setting whose choice is statistically no worse than that of the most expensive one.
+def recommended(costs: pd.DataFrame, sets: Sets, losses: Losses, margin: float) -> pd.Series:
+    """The cheapest setting whose choice costs at most ``margin`` nats more than that of the most expensive one.
 
     Returns:
-        recommended, cost, most_expensive, times_cheaper, loss_increase, difference (in loss from the most expensive), low, high.
+        recommended, cost, most_expensive, times_cheaper, loss_increase, drop_set and reference (the two choices).
     """
     rows = costs.sort_values(["cost", *LABELS])
     keys = [Setting(*key) for key in rows[list(LABELS)].itertuples(index=False)]
-    differences = (loss_difference(losses, sets[key], sets[keys[-1]], seed) for key in keys)
-    chosen, difference = next((i, d) for i, d in enumerate(differences) if d.low <= 0)  # the last one differs from itself by 0
+    differences = (loss_difference(losses, sets[key], sets[keys[-1]]).estimate for key in keys)
+    chosen = next(i for i, difference in enumerate(differences) if difference <= margin)  # that of the last one is 0
     row, last = rows.iloc[chosen], rows.iloc[-1]
-    values = [row["name"], row.cost, last["name"], last.cost / row.cost, row.loss_increase, *difference]
-    names = ["recommended", "cost", "most_expensive", "times_cheaper", "loss_increase", "difference", "low", "high"]
+    values = [row["name"], row.cost, last["name"], last.cost / row.cost, row.loss_increase, sets[keys[chosen]], sets[keys[-1]]]
+    names = ["recommended", "cost", "most_expensive", "times_cheaper", "loss_increase", "drop_set", "reference"]
     return pd.Series(values, index=names)
 
 
-def recommendations(costs: pd.DataFrame, sets: Sets, losses: Losses, seed: int = 0) -> pd.DataFrame:
-    """``recommended`` for the settings of every metric, and for all of them ("any")."""
-    parts = {name: recommended(rows, sets, losses, seed) for name, rows in costs.groupby("metric", sort=False)}
-    return pd.DataFrame(parts | {"any": recommended(costs, sets, losses, seed)}).T.rename_axis("metric").infer_objects()
+def recommendations(
+    model: PreTrainedModel, costs: pd.DataFrame, sets: Sets, losses: Losses, others: Int[Tensor, "window token"], margin: float
+) -> pd.DataFrame:
+    """``recommended`` for the settings of every metric and for all of them ("any"), checked on other windows.
+
+    Args:
+        others: windows on which nothing was chosen.
+    Returns:
+        metric, recommended, cost, most_expensive, times_cheaper, loss_increase, difference, low, high (in loss from the most
+        expensive one, on the other windows), verdict (whether the difference is below the margin).
+    """
+    parts = {name: recommended(rows, sets, losses, margin) for name, rows in costs.groupby("metric", sort=False)}
+    table = pd.DataFrame(parts | {"any": recommended(costs, sets, losses, margin)}).T.rename_axis("metric").reset_index()
+    measured = losses_of(losses_by_set(model, others, [*table.drop_set, *table.reference]))
+    differences = [loss_difference(measured, *pair) for pair in zip(table.drop_set, table.reference, strict=True)]
+    table = table.drop(columns=["drop_set", "reference"]).infer_objects()
+    table[["difference", "low", "high"]] = differences
+    return table.assign(verdict=[verdict(-row.high, -row.low, -margin) for row in table.itertuples()])
 
 
 def _trace(axis: Axes, x: Iterable[float], rows: pd.DataFrame, value: str, colour: str, marker: str, dash: str = "-") -> None:
@@ -417,58 +439,59 @@ def _trace(axis: Axes, x: Iterable[float], rows: pd.DataFrame, value: str, colou
 
 
 def draw_parameters(table: pd.DataFrame, tried: Mapping[str, tuple[str, Sequence[float]]]) -> Figure:
-    """Tau and loss increase against the parameter of each estimator."""
-    figure, axes = panels(2, len(tried), height=2.1, sharey="row")
-    cosine = table[(table.factor == "reference") & (table.metric == "cosine")].iloc[0]
-    for top, bottom, (name, (parameter, _)) in zip(axes, axes[len(tried) :], tried.items(), strict=False):
+    """Tau against the parameter of each estimator; those of the paper are coloured."""
+    figure, axes = panels(1, len(tried), height=2.2, sharey=True)
+    for axis, (name, (parameter, _)) in zip(axes, tried.items(), strict=False):
         rows = table[(table.factor == parameter) & (table.metric == name)]
-        _trace(top, range(len(rows)), rows, "tau", COLOURS[name], "o")
-        _trace(bottom, range(len(rows)), rows, "loss_increase", COLOURS[name], "o")
-        bottom.axhline(cosine.loss_increase, color="black", linewidth=0.8, linestyle=":")
-        top.set(title=name, xticks=range(len(rows)), xticklabels=[], ylim=(-0.1, 1.05))
-        bottom.set(xticks=range(len(rows)), xlabel=parameter)
-        bottom.set_xticklabels(rows.setting, fontsize=7)
+        _trace(axis, range(len(rows)), rows, "tau", COLOURS[name] if name in PAPER else GREY, "o")
+        axis.set(title=name, xlabel=parameter, ylim=(-0.1, 1.1))
+        axis.set_xticks(range(len(rows)), rows.setting, fontsize=8)
     axes[0].set_ylabel("tau")
-    axes[len(tried)].set_ylabel("loss increase (nats)")
-    cosine_line = Line2D([], [], color="black", linestyle=":")
-    figure.legend([cosine_line], ["loss increase of cosine similarity"], loc="outside lower center")
     return figure
 
 
 def draw_samples(table: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
-    """Tau and loss increase of every metric over the settings of some factors (factor -> title)."""
-    figure, axes = panels(2, len(titles), height=2.0, sharey="row", sharex="col")
+    """Tau of every metric over the settings of some factors (factor -> title); the paper's estimators are coloured."""
+    figure, axes = panels(2, 2, height=2.1, sharey=True)
     metrics = list(dict.fromkeys(table.metric))
-    for row, value in enumerate(("tau", "loss_increase")):
-        for axis, (factor, title) in zip(axes[row * len(titles) :], titles.items(), strict=False):
-            axis.set_xticks([])  # stays so where no setting was measured
-            dash, angle = ("", 35) if factor == "text" else ("-", 0)
-            for i, name in enumerate(metrics):
-                rows = table[(table.factor == factor) & (table.metric == name)]
-                if len(rows):
-                    _trace(axis, np.arange(len(rows)) + 0.06 * (i - 2.5), rows, value, COLOURS[name], MARKERS[name], dash)
-                    ticks = [setting.replace(" (", "\n(") for setting in rows.setting]
-                    axis.set_xticks(range(len(rows)), ticks, rotation=angle, fontsize=7)
-            axis.set_title(title if row == 0 else "", fontsize=8)
-    axes[0].set_ylabel("tau")
-    axes[len(titles)].set_ylabel("loss increase (nats)")
-    handles = [Line2D([], [], color=COLOURS[name], marker=MARKERS[name]) for name in metrics]
-    figure.legend(handles, metrics, loc="outside lower center", ncols=len(metrics))
+    for axis, (factor, title) in zip(axes, titles.items(), strict=True):
+        axis.set_xticks([])  # stays so where no setting was measured
+        for i, name in enumerate(metrics):
+            rows = table[(table.factor == factor) & (table.metric == name)]
+            if len(rows):
+                colour = COLOURS[name] if name in (*PAPER, "cosine") else GREY
+                _trace(
+                    axis,
+                    np.arange(len(rows)) + 0.06 * (i - 2.5),
+                    rows,
+                    "tau",
+                    colour,
+                    MARKERS[name],
+                    "" if factor == "text" else "-",
+                )
+                axis.set_xticks(range(len(rows)), rows.setting.str.replace(" (", "\n(", regex=False), fontsize=8)
+        axis.set(title=title, ylim=(-0.1, 1.2))
+    for axis in axes[::2]:
+        axis.set_ylabel("tau")
+    handles = [
+        Line2D([], [], color=COLOURS[name] if name in (*PAPER, "cosine") else GREY, marker=MARKERS[name], label=name)
+        for name in metrics
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(metrics))
     return figure
 
 
 def draw_robustness(robust: pd.DataFrame) -> Figure:
-    """Mean tau of every metric over the settings of each group."""
+    """Mean tau of every metric, the highest first, with that of each group as a tick; the paper's estimators are coloured."""
     figure, (axis,) = panels(1, 1, height=2.6)
-    metrics = list(dict.fromkeys(robust.metric))
-    colours = (COLOURS["bucket"], COLOURS["knn"], COLOURS["gaussian"], COLOURS["cosine"])
-    for i, (group, colour) in enumerate(zip((*dict.fromkeys(GROUPS.values()), ALL), colours, strict=True)):
-        rows = robust[robust.group == group]
-        y = np.array([metrics.index(name) for name in rows.metric]) + (i - 1.5) * 0.17
-        bars = np.abs(rows[["low", "high"]].to_numpy().T - rows["mean"].to_numpy())
-        axis.errorbar(rows["mean"], y, xerr=bars, fmt="os^D"[i], color=colour, label=group, elinewidth=0.8, capsize=1.5)
-    axis.set_yticks(range(len(metrics)), metrics)
-    axis.set_xlabel("mean tau with the reference")
-    axis.invert_yaxis()
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    total = robust[robust.group == ALL].sort_values("mean", ascending=False)
+    for y, row in enumerate(total.itertuples()):
+        colour = COLOURS[row.metric] if row.metric in PAPER else GREY
+        axis.plot([row.low, row.high], [y, y], color=colour, linewidth=4, alpha=0.5)
+        axis.plot([row.mean], [y], "o", color=colour, markersize=6)
+        axis.annotate(f"{row.mean:.2f}", (row.mean, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        for group in robust[(robust.metric == row.metric) & (robust.group != ALL)].itertuples():
+            axis.plot([group.mean], [y], "|", color="#555555", markersize=8)
+    axis.set_yticks(range(len(total)), total.metric)
+    axis.set(xlabel="mean tau with the reference; ticks: means of the groups of settings", ylim=(len(total) - 0.4, -0.6))
     return figure
