@@ -357,7 +357,11 @@ def test_the_cache_is_removed_with_how_much_that_frees(tmp_path):
     for name in ("cache/scores", "models"):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "file").write_bytes(os.urandom(3_000_000))
-    run = lambda: subprocess.run(["make", "clean-cache"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    command = ["make", "--no-print-directory", "clean-cache"]
+
+    def run() -> str:
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
     assert run().startswith(("2.9M freed", "3.0M freed"))
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["models"]
     assert run() == "nothing to free: there is no data/cache\n"
