@@ -48,11 +48,16 @@ def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwarg
     return figure, flat
 
 
+def title_sentence(figure: Figure, sentence: str) -> None:
+    """What the figure shows, as a sentence above it."""
+    figure.suptitle("\n".join(textwrap.wrap(sentence, HEADLINE)), x=0.01, ha="left", fontsize=10, fontweight="bold")
+
+
 def headed_panels(title: str, columns: int, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
     """A row of panels under a sentence that says what they show."""
     matplotlib.style.use(STYLE)
     figure = Figure(figsize=(WIDTH, height))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    title_sentence(figure, title)
     return figure, list(figure.subplots(1, columns, squeeze=False, **kwargs).flat)
 
 
@@ -60,11 +65,6 @@ def band(axis: Axes, x: Iterable, table, label: str, colour: str, dash: str = "-
     """A mean with its interval: ``table`` has the columns mean, low and high."""
     axis.plot(x, table["mean"], dash, color=colour, label=label)
     axis.fill_between(x, table["low"], table["high"], color=colour, alpha=0.18, linewidth=0)
-
-
-def title_sentence(figure: Figure, sentence: str) -> None:
-    """What the figure shows, as a sentence above it."""
-    figure.suptitle("\n".join(textwrap.wrap(sentence, HEADLINE)), x=0.01, ha="left", fontsize=10, fontweight="bold")
 
 
 def label_ends(axis: Axes, gap: float = 0.09, side: float = 1.0) -> None:

@@ -23,7 +23,7 @@ from ..selection import PUBLISHED_PROTECTED, one_shot
 from ..statistics import Interval, comparison, ends, interval_text
 from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
-from .methods import RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
+from .methods import KIND_NAMES, RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
 
 BEST_OTHER = "best other"  # stands for the metric, of those that are not named, with the least loss on validation text
 DENSE = Method("dense", "none")
@@ -31,7 +31,6 @@ PAPER_COUNT = ("retention", "retention_low", "retention_high")
 ABOVE_CHANCE = ("retention_above_chance", "above_chance_low", "above_chance_high")
 COLUMNS = ["metric", "rule", "draw", "best_other", "kind", "n_dropped", "task", "task_metric", "value", "stderr", "chance", "n"]
 COLUMNS += ["retention", "retention_above_chance", *PAPER_COUNT[1:], *ABOVE_CHANCE[1:], "note"]
-KIND_NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
 
 
 class Retentions(NamedTuple):
@@ -308,7 +307,7 @@ def _draw(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) ->
     metric = rows.metric.iloc[0]
     for estimate, low, high in rows[list(columns)].itertuples(index=False):
         if metric == RANDOM:
-            axis.plot([estimate], [place], "|", color="#8a8a8a", markersize=10)
+            axis.plot([estimate], [place], "|", color=figures.GREY, markersize=10)
         else:
             axis.plot([low, high], [place, place], color=figures.COLOURS[metric], linewidth=3, alpha=0.5)
             axis.plot([estimate], [place], "o", color=figures.COLOURS[metric], markersize=6)

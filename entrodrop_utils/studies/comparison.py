@@ -10,12 +10,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..claims import COLUMNS, HELD_OUT, claim, claim_row, published_figures
 from ..entropy import ESTIMATORS
-from ..figures import COLOURS, headed_panels
+from ..figures import COLOURS, GREY, headed_panels
 from ..layerwise import DropSet
 from ..residual import KINDS
 from ..similarity import SIMILARITIES
 from ..statistics import Interval, kendall_interval
-from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, distinct
+from .methods import KIND_NAMES, METHOD_COLUMNS, RANDOM, Choice, Method, distinct
 
 COSINE = Method("cosine")
 RULES = ("one-shot", "two-stage")
@@ -24,8 +24,6 @@ MAIN_METHODS = [*PAPER_METHODS, *(Method(name) for name in SIMILARITIES)]
 WITHOUT_FIRST = [Method(metric, first_token=False) for metric in ("bucket", "knn")]
 DEEPEST = Method("depth", "deepest first")
 DRAWN = [COSINE, *(method for name in ("knn", "bucket") for method in PAPER_METHODS if method.metric == name), DEEPEST]
-KIND_NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
-GREY = "#8a8a8a"  # context
 
 
 def all_methods(n_random: int) -> list[Method]:

@@ -52,6 +52,7 @@ class Method(NamedTuple):
 
 
 RANDOM = "random"
+KIND_NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
 FALSE_DISCOVERIES = 0.05  # expected share of false ones among the decided comparisons of a table
 METHOD_COLUMNS = list(Method._fields)
 Choice = tuple[str, Method, int]  # kind, method, number dropped
