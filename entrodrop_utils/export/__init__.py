@@ -5,7 +5,8 @@ what it wrote and compares it with the model, and leaves nothing after an error.
 from a saved folder. The README beside this file says which target holds which drops of which family.
 """
 
-from .gguf_file import ExportMismatch, check_file, gguf
-from .report import Exported
+from .gguf_file import check_file, gguf
+from .nas_folder import check_folder, mlx, vllm
+from .report import Exported, ExportMismatch
 
-__all__ = ["ExportMismatch", "Exported", "check_file", "gguf"]
+__all__ = ["ExportMismatch", "Exported", "check_file", "check_folder", "gguf", "mlx", "vllm"]

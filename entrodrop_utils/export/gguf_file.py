@@ -33,7 +33,7 @@ from ..files import replacing
 from ..progress import progress
 from ..residual import SubBlock, find, layout_of
 from .branches import Branch, PackedLayer, branches, check_exportable, outside, pack
-from .report import Exported
+from .report import Exported, ExportMismatch
 from .vocabulary import add_vocabulary, check_vocabulary
 
 EMPTY = 32  # the width of an MLP that adds nothing: one block of q8_0
@@ -359,10 +359,6 @@ def _no_space(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{path} could not be written ({error.strerror or error}); nothing of it is left") from error
 
 
-class ExportMismatch(RuntimeError):
-    """A file that was written does not hold the model: a defect of the exporter. The file is removed."""
-
-
 def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) -> None:
     """Compare a file with the model it was written from, reading only the file and the model's own modules.
 
@@ -433,8 +429,8 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
                 if part is not None and whole.bias is not None:
                     expect(f"blk.{i}.attn_{name}.bias", (count * width,), whole.bias, turned)
             expect(f"blk.{i}.attn_output.weight", (dim, heads[i] * width), part and part.o_proj.weight)
-            for name in ("q_norm", "k_norm") if hasattr(part, "q_norm") else ():
-                expect(f"blk.{i}.attn_{name}.weight", (width,), getattr(part, name).weight.detach().float() + shift)
+            for name in ("q_norm", "k_norm") if arch in ("qwen3", "gemma3") else ():
+                expect(f"blk.{i}.attn_{name}.weight", (width,), part and getattr(part, name).weight.detach().float() + shift)
             if part is not None and part.o_proj.bias is not None:
                 expect(f"blk.{i}.attn_output.bias", (dim,), part.o_proj.bias)
         elif heads[i]:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 WHEEL = "xllamacpp"
+KV_TYPES = {"f32": 0, "f16": 1}  # ggml's numbers
 
 
 class RuntimeUnavailable(RuntimeError):
@@ -71,12 +72,16 @@ def _context_params(library: ctypes.CDLL, tokens: int, threads: int, type_kv: in
     params = _Params()
     library.llama_context_default_params(ctypes.byref(params))
     values = list(struct.unpack("<48i", bytes(params)[:192]))
-    # n_ctx, n_batch, n_ubatch, n_seq_max; n_threads twice; type_k and type_v are f16, which is 1
-    if values[:4] != [512, 2048, 512, 1] or values[7:9] != [4, 4] or values[26:28] != [1, 1] or values[24:26] != [0, 0]:
+    # n_ctx, n_batch, n_ubatch, n_seq_max; n_threads twice; four settings left to the model, the last of them flash attention, which
+    # rounds to 16 bits; a callback without data; type_k and type_v, which are f16
+    known = {0: [512, 2048, 512, 1], 7: [4, 4], 10: [-1] * 4, 24: [0, 0, 1, 1]}
+    if any(values[start : start + len(expected)] != expected for start, expected in known.items()):
         raise RuntimeUnavailable(f"the parameters of {WHEEL} {version(WHEEL)} are laid out in another way than this module knows")
     values[:3] = [tokens, tokens, tokens]
     values[7:9] = [threads, threads]
     values[26:28] = [type_kv, type_kv]
+    if type_kv == KV_TYPES["f32"]:
+        values[13] = 0
     ctypes.memmove(ctypes.byref(params), struct.pack("<48i", *values), 192)
     return params
 
@@ -142,7 +147,7 @@ def load(path: str | Path, tokens: int = 256, threads: int = 1, kv_type: str = "
     """A GGUF file in llama.cpp, with room for ``tokens`` tokens, until the context closes.
 
     Args:
-        kv_type: of the cache: ``f32`` to compare numbers, ``f16`` as llama.cpp has it by default.
+        kv_type: of the cache: ``f32``, without flash attention, to compare numbers; ``f16`` as llama.cpp has it by default.
     Raises:
         RuntimeUnavailable: no wheel, or one that cannot be called.
         ValueError: llama.cpp does not load the file; the message has its last words.
@@ -156,7 +161,7 @@ def load(path: str | Path, tokens: int = 256, threads: int = 1, kv_type: str = "
     context = None
     try:
         if model:
-            settings = _context_params(library, tokens, threads, {"f32": 0, "f16": 1}[kv_type])
+            settings = _context_params(library, tokens, threads, KV_TYPES[kv_type])
             context = library.llama_init_from_model(model, settings)
         if not context:
             raise ValueError(f"llama.cpp does not load {path}: {' '.join(''.join(log[-6:]).split())}")

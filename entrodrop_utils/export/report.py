@@ -38,3 +38,7 @@ class Exported:
         if self.zeros:
             lines.append("Branches of zeros stand for what was dropped: nothing is faster or smaller than dense.")
         return "\n".join([*lines, *self.notes])
+
+
+class ExportMismatch(RuntimeError):
+    """What was written does not hold the model: a defect of the exporter. It is removed again."""
