@@ -12,7 +12,12 @@ from .statistics import Interval, mean_interval, verdict
 
 COLUMNS = ("claim", "source", "published", "measured", "low", "high", "goal", "verdict", "evidence")
 MEASURED = "; measured: "  # between a claim and its quantity
-BENCHMARKS, HOME_MADE, HELD_OUT = EVIDENCE = ("public benchmarks", "home-made tasks", "held-out text")  # strongest first
+BENCHMARKS, HOME_MADE, HELD_OUT, CALIBRATION = EVIDENCE = (  # strongest first
+    "public benchmarks",
+    "home-made tasks",
+    "held-out text",
+    "calibration text",
+)
 SIZES = ("paper", "default")  # of runs, the one with more text first
 SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the first that is there counts
     "bucket entropy falls, then rises": r"^bucket entropy falls.*then rises(?!.*without)",
