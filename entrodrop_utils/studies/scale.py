@@ -26,9 +26,9 @@ STATEMENTS = {
     "KNN entropy falls, then rises": r"^knn entropy falls, then rises",
 }
 PANELS = {  # of the figure: title -> words of its statements, and what its axis shows
-    "entropy against cosine": ("beats cosine", "nats per token saved"),
-    "entropy among random choices": ("beats random", "share of draws that cost more"),
-    "attention against MLPs": ("more redundant", "extra loss of dropping MLPs (nats)"),
+    "against cosine": ("beats cosine", "nats per token saved"),
+    "among random sets": ("beats random", "share of draws\nthat cost more"),
+    "attention against MLPs": ("more redundant", "extra loss of dropping\nMLPs (nats)"),
 }
 RUNS = (DEFAULT_SIZE, "large")  # sizes with the same amounts of text; large has fewer random choices
 LABEL = {"textcoords": "offset points", "fontsize": 8}
@@ -95,15 +95,30 @@ def size_figure(statements: pd.DataFrame, title: str) -> Figure:
             axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.5, alpha=0.6)
             axis.plot(row.measured, place, "o", color=colour, markersize=5)
             if metric in COLOURS and row.model == sizes.index[0]:
-                axis.annotate(row.statement.split()[0], (row.measured, place), (0, 5), color=colour, ha="center", **LABEL)
+                axis.annotate(
+                    row.statement.split()[0],
+                    (row.measured, place),
+                    (0, 5 if metric == "bucket" else -13),
+                    color=colour,
+                    ha="center",
+                    **LABEL,
+                )
         axis.axvline(rows.goal.iloc[0] if len(rows) else 0, color="black", linewidth=1)
         axis.set(title=heading, xlabel=label)
         axis.grid(False, axis="y")
-    if (statements.measured.abs().max()) > 3:
-        axes[0].set_xscale("symlog", linthresh=1)
+    axes[0].set_xscale("symlog", linthresh=1)
+    axes[0].set_xticks([-10, -1, 0, 1], ["-10", "-1", "0", "1"])
     axes[0].set_yticks(range(len(sizes)), [f"{model}\n{size:.0f} M" for model, size in sizes.items()])
     axes[0].set_ylim(len(sizes) - 0.5, -0.5)
     return figure
+
+
+def cosine_title(statements: pd.DataFrame) -> str:
+    """For how many models each entropy beats cosine, as a sentence."""
+    rows = statements[statements.statement.str.contains("beats cosine")]
+    won = rows.verdict.eq("holds").groupby(rows.statement, sort=False).agg(["sum", "size"])
+    parts = [f"{name.split()[0]} entropy in {row['sum']} of {row['size']} models" for name, row in won.iterrows()]
+    return f"Cosine loses to {' and to '.join(parts)}"
 
 
 def method_costs(profile: Profile, models: Iterable[str], kind: str = "attention") -> pd.DataFrame:
@@ -186,9 +201,10 @@ def retention_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str
         x, y = rows.n_dropped.iloc[-1] / rows.n_total.iloc[-1], rows.retention.iloc[-1]
         axis.annotate(f"{method},\nLlama-3.1-8B", (x, y), (8, 0), color=colour, va="center", **LABEL)
     for place, row in enumerate(measured.itertuples()):
-        x, colour = 0.375 + 0.006 * (place + 1), COLOURS.get(row.method, GREY)
+        x, colour = 0.375 + 0.022 * (place + 1), COLOURS.get(row.method, GREY)
         axis.plot([x, x], [row.low, row.high], color=colour, linewidth=2.5, alpha=0.6)
         axis.plot(x, row.retention, "D", color=colour, markersize=5)
+        axis.annotate(row.method.replace("knn", "KNN"), (x, row.high), (0, 3), color=colour, ha="center", **LABEL)
     axis.set(xlabel="share of attention layers dropped", ylabel="accuracy kept", xlim=(0.11, 0.6))
     axis.yaxis.set_major_formatter("{x:.0%}")
     axis.xaxis.set_major_formatter("{x:.1%}")
