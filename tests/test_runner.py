@@ -622,7 +622,7 @@ def test_the_picture_of_a_notebook_is_its_first_or_the_tagged_one():
     image = nbformat.v4.new_output("display_data", {"image/png": ""}, metadata={"image/png": {"alt": "What it shows."}})
     cells = [nbformat.v4.new_code_cell(f'show_figure(draw(), profile, "{name}", caption)', outputs=[image]) for name in "ab"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("def show_figure(): ..."), *cells])
-    assert checks.picture(book) == ("a", "What it shows.")
+    assert checks.opening_picture(book) == ("a", "What it shows.")
     cells[1].metadata.tags = ["opening"]
-    assert checks.picture(book) == ("b", "What it shows.")
-    assert checks.picture(nbformat.v4.new_notebook()) == ("", "")
+    assert checks.opening_picture(book) == ("b", "What it shows.")
+    assert checks.opening_picture(nbformat.v4.new_notebook()) == ("", "")

@@ -42,7 +42,7 @@ def opening(source: str, sentence: str, picture: str = "") -> str:
     return "\n\n".join([*parts[:place], FINDING + sentence, *filter(None, [picture]), *parts[place:]])
 
 
-def picture(notebook: nbformat.NotebookNode) -> tuple[str, str]:
+def opening_picture(notebook: nbformat.NotebookNode) -> tuple[str, str]:
     """Name and caption of the figure that shows the finding: of the cell tagged ``opening``, else the first; empty without one."""
     tagged = [cell for cell in notebook.cells if "opening" in cell.metadata.get("tags", [])]
     for cell in tagged or notebook.cells:

@@ -189,7 +189,7 @@ def measured_retention(profile: Profile, models: Iterable[str], size: str = "pap
     return pd.DataFrame(rows, columns=["model", "method", "retention", "low", "high", "evidence"])
 
 
-def retention_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str) -> Figure:
+def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str) -> Figure:
     """The published retention against the share of attention layers dropped, and the measured one at 37.5%."""
     figure, (axis,) = headed_panels(title, 1, 3.0)
     axis.axhline(0.95, color="black", linewidth=1)
