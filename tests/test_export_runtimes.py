@@ -118,9 +118,7 @@ def test_llama_cpp_computes_the_same_for_every_family(llama, tmp_path, ids, fami
         with dropped(model, blocks) as smaller:
             path = gguf(smaller, tmp_path / "m.gguf", dtype="f32", zeros=zeros, overwrite=True).path
             with llama.load(path) as runtime:
-                np.testing.assert_allclose(
-                    runtime.decode(ids[0].tolist()), reference(smaller, ids), rtol=tolerance, atol=tolerance
-                )
+                np.testing.assert_allclose(runtime.decode(ids[0].tolist()), reference(smaller, ids), rtol=tolerance, atol=tolerance)
 
 
 REPAIRS = [("constant", None), ("linear", None), ("linear", 3)]

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.decoder import UnsupportedModel, decoder, decoder_layers, layer_list
 from ..families.modeling_entrodrop import is_bypass
@@ -132,6 +131,17 @@ def outside(model: PreTrainedModel) -> dict[str, Tensor]:
     if others := [name for name, p in model.named_parameters() if id(p) not in known]:
         raise UnsupportedModel(f"{name} has weights for which the exported format has no place, first {others[0]}")
     return weights
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """The features of one head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_bytes(config: PreTrainedConfig, layers: int) -> int:
+    """Of the keys and values of one token in so many layers, at 16 bits a number."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * 2 * layers * heads * head_width(config)
 
 
 def check_exportable(model: PreTrainedModel) -> None:

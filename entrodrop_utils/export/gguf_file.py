@@ -32,7 +32,7 @@ from ..families.decoder import UnsupportedModel, decoder_layers
 from ..files import replacing
 from ..progress import progress
 from ..residual import SubBlock, find, layout_of
-from .branches import Branch, PackedLayer, branches, check_exportable, outside, pack
+from .branches import Branch, PackedLayer, branches, check_exportable, head_width, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 from .vocabulary import add_vocabulary, check_vocabulary
 
@@ -131,13 +131,9 @@ def gguf(
         nbytes,
         layers=getattr(config, "entrodrop", {}).get("layers", len(decoder_layers(model))),
         kv_layers=attention,
-        kv_bytes_per_token=attention * 2 * 2 * config.num_key_value_heads * _head_dim(config),
-        zeros=zeros and len(find(model, "attention")) + len(find(model, "mlp")) < 2 * len(layers),
+        kv_bytes_per_token=kv_bytes(config, attention),
+        zeros=arch == family.arch and len(find(model, "attention")) + len(find(model, "mlp")) < 2 * len(layers),
     )
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _family(model: PreTrainedModel) -> _Family:
@@ -162,14 +158,16 @@ def _family(model: PreTrainedModel) -> _Family:
         f"rotary scaling {full.get('rope_type')!r}": full.get("rope_type", "default") not in ("default", "llama3", "linear"),
         "partly rotary heads": full.get("partial_rotary_factor", 1.0) != 1.0,
         f"activation {act!r}": act not in (("gelu_pytorch_tanh",) if gemma else ("silu", "swish")),
-        "sliding windows": not gemma and (bool(getattr(config, "sliding_window", None)) if not types else "sliding_attention" in types),
+        "sliding windows": not gemma
+        and (bool(getattr(config, "sliding_window", None)) if not types else "sliding_attention" in types),
     }
     if gemma:
         local = rope.get("sliding_attention", {})
         odd |= {
-            "a scale of attention that is not of its head width": config.query_pre_attn_scalar != _head_dim(config),
+            "a scale of attention that is not of its head width": config.query_pre_attn_scalar != head_width(config),
             "soft caps of logits": bool(config.attn_logit_softcapping or config.final_logit_softcapping),
-            "local rotary positions that are not of base 10000": (local.get("rope_theta"), local.get("rope_type")) != (1e4, "default"),
+            "local rotary positions that are not of base 10000": (local.get("rope_theta"), local.get("rope_type"))
+            != (1e4, "default"),
             "attention in both directions": bool(getattr(config, "use_bidirectional_attention", False)),
             "full attention that is not every sixth layer (llama.cpp takes that for granted: drop blocks so that it stays)": [
                 kind == "full_attention" for kind in types
@@ -177,7 +175,9 @@ def _family(model: PreTrainedModel) -> _Family:
             != [(i + 1) % 6 == 0 for i in range(len(types))],
         }
     if wrong := [what for what, is_so in odd.items() if is_so]:
-        raise UnsupportedModel(f"{name} has {wrong[0]}, which llama.cpp's {library.MODEL_ARCH_NAMES[family.arch]} files do not hold")
+        raise UnsupportedModel(
+            f"{name} has {wrong[0]}, which llama.cpp's {library.MODEL_ARCH_NAMES[family.arch]} files do not hold"
+        )
     return family
 
 
@@ -205,7 +205,8 @@ def _layout(
             "(--zeros) for branches of zeros, with which nothing gets faster"
         )
     warnings.warn(
-        f"branches of zeros stand for what was dropped of {type(model).__name__}: llama.cpp computes the same, no faster", stacklevel=3
+        f"branches of zeros stand for what was dropped of {type(model).__name__}: llama.cpp computes the same, no faster",
+        stacklevel=3,
     )
     whole = {(branch.sub_block.layer, branch.kind): branch for branch in sequence}
     depth = range(len(decoder_layers(model)))
@@ -323,7 +324,7 @@ def _write(path: Path, model, arch: MODEL_ARCH, layers, entries: list[_Entry], d
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_rope_freq_base(full["rope_theta"])
         for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-            add(_head_dim(config))
+            add(head_width(config))
         if full.get("rope_type") == "linear":
             writer.add_rope_scaling_type(library.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(full["factor"])
@@ -373,7 +374,7 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
     config, arch = model.config.get_text_config(decoder=True), reader.fields["general.architecture"].contents()
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     depth = reader.fields[f"{arch}.block_count"].contents()
-    dim, width = config.hidden_size, _head_dim(config)
+    dim, width = config.hidden_size, head_width(config)
 
     def array(key: str) -> list[int]:
         value = reader.fields[f"{arch}.{key}"].contents()
@@ -399,6 +400,7 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
                 raise ExportMismatch(f"{path}: the values of {name} are not the model's")
 
     shift, layout = FAMILIES[config.model_type].shift, layout_of(model)
+    zeros = zeros and arch != "deci" and depth == len(decoder_layers(model))
     places = {kind: iter(find(model, kind)) for kind in ("attention", "mlp")}
     order: list[SubBlock] = []
     absent = {kind: set(range(len(decoder_layers(model)))) - {s.layer for s in find(model, kind)} for kind in places}
@@ -458,5 +460,7 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
     tensors.pop("rope_freqs.weight", None)
     left = [str(sub_block) for kind in places for sub_block in places[kind]]
     if left or tensors or [s for s in order] != sorted(order):
-        what = f"{left[0]} is missing" if left else f"{next(iter(tensors))} is left over" if tensors else "branches are out of order"
+        what = (
+            f"{left[0]} is missing" if left else f"{next(iter(tensors))} is left over" if tensors else "branches are out of order"
+        )
         raise ExportMismatch(f"{path}: {what}")

@@ -55,7 +55,13 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(files[0]))
     except OSError as error:
         raise RuntimeUnavailable(f"{WHEEL} cannot be loaded here ({error})") from error
-    pointers = ("llama_model_load_from_file", "llama_init_from_model", "llama_get_logits_ith", "llama_get_memory", "llama_model_get_vocab")
+    pointers = (
+        "llama_model_load_from_file",
+        "llama_init_from_model",
+        "llama_get_logits_ith",
+        "llama_get_memory",
+        "llama_model_get_vocab",
+    )
     for name in pointers:
         getattr(library, name).restype = ctypes.c_void_p
     library.llama_get_logits_ith.argtypes = [ctypes.c_void_p, ctypes.c_int32]
@@ -112,7 +118,9 @@ class LlamaCpp:
             if status := library.llama_decode(self._context, batch):
                 raise RuntimeError(f"llama.cpp does not decode ({status}): {''.join(self.log[-5:])}")
             pointers = [library.llama_get_logits_ith(self._context, i) for i in range(len(ids))]
-            return np.stack([np.ctypeslib.as_array(ctypes.cast(p, ctypes.POINTER(ctypes.c_float)), (self._rows,)) for p in pointers])
+            return np.stack(
+                [np.ctypeslib.as_array(ctypes.cast(p, ctypes.POINTER(ctypes.c_float)), (self._rows,)) for p in pointers]
+            )
         finally:
             library.llama_batch_free(batch)
 

@@ -1,7 +1,7 @@
 """Folders for vLLM and mlx-lm. Without whole blocks only, they are plain transformers checkpoints, which both read.
 
-Without attention layers or MLPs they are of model type ``nemotron-nas`` (DeciLM), whose ``block_configs`` say of every layer whether
-it has an attention and how wide its MLP is. Read and tried there:
+Without attention layers or MLPs they are of model type ``nemotron-nas`` (DeciLM): ``block_configs`` say of every layer whether it
+has an attention, and how wide its MLP is. Read and tried there:
 
 - the width of an MLP is a multiple of 256, computed from ``ffn_mult``: narrower ones are padded with zeros, which add nothing;
 - vLLM crashes where the first layer has no attention; with ``zeros`` that attention stays, with weights of zeros;
@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families.decoder import UnsupportedModel, decoder_layers
-from ..residual import find
-from .branches import Branch, PackedLayer, branches, check_exportable, outside, pack
+from ..residual import SubBlock, find
+from .branches import Branch, PackedLayer, branches, check_exportable, head_width, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -81,7 +82,7 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
     attention, depth = len(find(model, "attention")), len(decoder_layers(model))
     plain = attention == len(find(model, "mlp")) == depth
     layers = [] if plain else _layers(model, target, zeros)
-    kept = attention + sum(layer.first is not None and not layer.first.sub_block for layer in layers)
+    kept = attention if plain else sum(layer.first is not None and layer.first.kind == "attention" for layer in layers)
 
     def build(unfinished: Path) -> None:
         if plain:
@@ -107,11 +108,13 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
     try:
         build(unfinished)
         unfinished.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror or error}); nothing of it is left") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            getattr(error, "errno", errno.EIO), f"{path} could not be written ({reason}); nothing of it is left"
+        ) from error
     finally:
         shutil.rmtree(unfinished.parent, ignore_errors=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Exported(
         target,
         path,
@@ -119,8 +122,10 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
         sum(file.stat().st_size for file in path.iterdir()),
         layers=getattr(config, "entrodrop", {}).get("layers", depth),
         kv_layers=kept,
-        kv_bytes_per_token=kept * 2 * 2 * config.num_key_value_heads * head_dim,
-        notes=("Layer 0 keeps an attention of zeros, and its keys and values: vLLM crashes without it.",) if kept > attention else (),
+        kv_bytes_per_token=kv_bytes(config, kept),
+        notes=("Layer 0 keeps an attention of zeros, and its keys and values: vLLM crashes without it.",)
+        if kept > attention
+        else (),
     )
 
 
@@ -156,12 +161,12 @@ def _layers(model: PreTrainedModel, target: str, zeros: bool) -> list[PackedLaye
         if layers[0].first is None:
             if not zeros:
                 raise UnsupportedModel(
-                    "vLLM crashes without the attention of the first layer: keep it (protect layer 0), or pass zeros=True (--zeros) "
-                    "to keep an attention of zeros, and its keys and values, in its place"
+                    "vLLM crashes without the attention of the first layer: keep it (protect layer 0), or zeros=True (--zeros) "
+                    "keeps an attention of zeros, and its keys and values, in its place"
                 )
             like = next(layer.first for layer in layers if layer.first is not None)
             weights = {key: torch.zeros_like(value) for key, value in like.weights.items()}
-            layers[0] = PackedLayer(Branch("attention", (), weights), layers[0].mlp, layers[0].bias)
+            layers[0] = PackedLayer(Branch("attention", SubBlock(0, "attention"), weights), layers[0].mlp, layers[0].bias)
     return layers
 
 
@@ -247,7 +252,7 @@ def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str
         "model_type": "nemotron-nas",
         **({"auto_map": {"AutoConfig": f"{CONFIG_FILE.stem}.PrunedNasConfig"}} if target == "vLLM" else {}),
         **{key: getattr(config, key, None) for key in same},
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": head_width(config),
         "num_hidden_layers": len(layers),
         "tie_word_embeddings": "lm_head" not in outside(model),
         "attention_bias": attention_bias,

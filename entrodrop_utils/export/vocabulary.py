@@ -6,7 +6,7 @@ from pathlib import Path
 from gguf import GGUFReader, GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
-# How text is split before BPE, as a tokenizer.json states it, and llama.cpp's name of it. Its names stand for patterns in its source.
+# How text is split before BPE, as a tokenizer.json states it, and the name under which llama.cpp's source has that pattern
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {_WORDS + r"\p{N}" + _REST: "qwen2", _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe"}

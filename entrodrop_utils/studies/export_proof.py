@@ -39,7 +39,7 @@ SPEED_TYPE = "q8_0"  # what is served; speeds of the others are not measured
 
 
 def drop_sets(model: PreTrainedModel, calibration: Int[Tensor, "sequence token"]) -> dict[str, list[SubBlock]]:
-    """The sets that are tried: of each kind those that cosine ranks first, and the first and last layer, which have special cases."""
+    """The sets that are tried: of each kind those that cosine ranks first, and the first and the last layer alone."""
     last = len(find(model, "block")) - 1
     scores = score(model, calibration, ["cosine"])
     ranked = {kind: one_shot(scores, "cosine", kind) for kind in ("attention", "mlp", "block")}
@@ -96,7 +96,9 @@ def speed(dense: Path, pruned: Path, ids: Sequence[int]) -> dict[str, float]:
 
 def environment() -> str:
     """Where the numbers were measured."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
+    )
     return f"{WHEEL} {version(WHEEL)}, {cpu}, 1 thread, transformers {version('transformers')}"
 
 
