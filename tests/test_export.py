@@ -384,6 +384,7 @@ def how_it_is_written(write, model, drop_set, repaired: str | None, path) -> str
     return "no"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:branches of zeros")
 def test_the_readme_says_what_is_written(tmp_path):
     wide = {"head_dim": 32}

@@ -110,9 +110,8 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         reason = getattr(error, "strerror", None) or error
-        raise OSError(
-            getattr(error, "errno", errno.EIO), f"{path} could not be written ({reason}); nothing of it is left"
-        ) from error
+        message = f"{path} could not be written ({reason}); nothing of it is left"
+        raise OSError(getattr(error, "errno", errno.EIO), message) from error
     finally:
         shutil.rmtree(unfinished.parent, ignore_errors=True)
     return Exported(
