@@ -141,7 +141,10 @@ TEXTS = (
 )
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2.5-coder-0.5b-instruct", "gemma-3-270m")]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", *LARGE])
 def test_llama_cpp_reads_text_as_the_tokenizer_does(llama, tmp_path, name):
     if not is_local(name):
         pytest.skip(f"{name} is not on this machine: make fetch MODEL={name}")
@@ -153,12 +156,15 @@ def test_llama_cpp_reads_text_as_the_tokenizer_does(llama, tmp_path, name):
             assert runtime.tokenise(text) == tokenizer(text, add_special_tokens=False).input_ids
 
 
+TEXT = "The residual stream of a transformer is what every layer reads from and adds to."
+GONE = [SubBlock(layer, "attention") for layer in (7, 14, 20, 22, 24, 25, 26, 28)] + [SubBlock(12, "block"), SubBlock(29, "mlp")]
+
+
 @pytest.mark.slow
 def test_the_default_model_in_llama_cpp(llama, tmp_path, smollm2):
     model, tokenizer = smollm2
-    ids = torch.tensor(tokenizer("The residual stream of a transformer is what every layer reads from and adds to.").input_ids)
-    gone = [SubBlock(layer, "attention") for layer in (0, 7, 14, 20, 22, 24, 25, 26, 28)] + [SubBlock(29, "mlp")]
-    with dropped(model, gone) as smaller:
+    ids = torch.tensor(tokenizer(TEXT).input_ids)
+    with dropped(model, [*GONE, SubBlock(0, "attention")]) as smaller:
         path = gguf(smaller, tmp_path / "m.gguf", tokenizer, "f32").path
         with llama.load(path) as runtime:
             np.testing.assert_allclose(runtime.decode(ids.tolist()), reference(smaller, ids[None]), rtol=1e-2, atol=1e-2)
@@ -177,6 +183,32 @@ def in_other_environment(script: str, folder: Path, ids: torch.Tensor, needs: st
     done = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     return np.load(folder.parent / "logits.npy")
+
+
+@pytest.mark.slow
+def test_the_default_model_in_mlx(tmp_path, smollm2):
+    model, tokenizer = smollm2
+    ids = torch.tensor([2 * tokenizer(TEXT).input_ids])
+    with dropped(model, [*GONE, SubBlock(0, "attention")]) as smaller:
+        folder = mlx(smaller, tmp_path / "m", tokenizer).path
+        for way in in_other_environment("run_mlx.py", folder, ids, "mlx_lm"):
+            np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-2, atol=1e-2)
+
+
+def picked(logits: np.ndarray, ids: torch.Tensor) -> np.ndarray:
+    """The log-probability of each token after the first."""
+    scores = torch.log_softmax(torch.from_numpy(logits[:-1]).double(), -1)
+    return scores.gather(1, ids[0, 1:, None])[:, 0].numpy()
+
+
+@pytest.mark.slow
+def test_the_default_model_in_vllm(tmp_path, smollm2):
+    model, tokenizer = smollm2
+    ids = torch.tensor([tokenizer(TEXT).input_ids])
+    with dropped(model, GONE) as smaller:
+        folder = vllm(smaller, tmp_path / "m", tokenizer).path
+        found = in_other_environment("run_vllm.py", folder, ids, "vllm")
+        np.testing.assert_allclose(found, picked(reference(smaller, ids), ids), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("how", [None, "constant", "linear"])
@@ -202,9 +234,7 @@ def test_vllm_computes_the_same(tmp_path, ids, name):
     with dropped(model, drop_set(SETS[name])) as smaller:
         folder = vllm(smaller, tmp_path / "m", zeros=True).path
         found = in_other_environment("run_vllm.py", folder, ids, "vllm")
-        expected = torch.log_softmax(torch.from_numpy(reference(smaller, ids)), -1).numpy()
-    picked = np.array([expected[i - 1, int(ids[0, i])] for i in range(1, 64)])
-    np.testing.assert_allclose(found, picked, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found, picked(reference(smaller, ids), ids), rtol=1e-3, atol=1e-3)
 
 
 def test_a_runtime_that_is_missing_says_what_to_install(monkeypatch, tmp_path):
