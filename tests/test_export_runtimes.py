@@ -226,6 +226,18 @@ def test_mlx_computes_the_same(tmp_path, ids, name, how):
             np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama with biases", "mistral", "qwen2", "qwen3"])
+def test_mlx_computes_the_same_for_every_family(tmp_path, ids, family):
+    model = families()[family].eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3) if weight.ndim > 1 else weight.add_(0.2 * torch.randn_like(weight))
+    with dropped(model, drop_set("b2" if family == "qwen3" else "a1 m3 a0 m5")) as smaller:
+        folder = mlx(smaller, tmp_path / "m").path
+        for way in in_other_environment("run_mlx.py", folder, ids, "mlx_lm"):
+            np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["attention", "attention of layer 0", "MLPs", "blocks", "last attention", "last MLP"])
 def test_vllm_computes_the_same(tmp_path, ids, name):

@@ -29,6 +29,7 @@ from .branches import Branch, PackedLayer, branches, check_exportable, head_widt
 from .report import Exported, ExportMismatch
 
 FAMILIES = ("llama", "mistral", "qwen2")
+PLAIN = (*FAMILIES, "qwen3")  # whose layers are alike in both targets; mlx-lm takes a Gemma layer's window from its number
 MULTIPLE = 256
 CONFIG_FILE = Path(__file__).with_name("configuration_nemotron_nas.py")
 
@@ -81,6 +82,11 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
     config = model.config.get_text_config(decoder=True)
     attention, depth = len(find(model, "attention")), len(decoder_layers(model))
     plain = attention == len(find(model, "mlp")) == depth
+    if plain and config.model_type not in PLAIN:
+        raise UnsupportedModel(
+            f"whole blocks are dropped for {target} from {', '.join(PLAIN)}, not from {config.model_type}: its layers may depend on "
+            "their number there. save_pruned writes a plain transformers checkpoint; compare its answers before you use it"
+        )
     layers = [] if plain else _layers(model, target, zeros)
     kept = attention if plain else sum(layer.first is not None and layer.first.kind == "attention" for layer in layers)
 
