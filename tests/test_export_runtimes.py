@@ -100,7 +100,7 @@ def families():
         ),
         "mistral": MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None, rope_parameters=linear)),
         "qwen2": Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-        "qwen3": Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 300.0})),
         "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**deep, **gemma)),
     }
 

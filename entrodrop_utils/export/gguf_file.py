@@ -383,16 +383,16 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
     heads, kv, ffn = array("attention.head_count"), array("attention.head_count_kv"), array("feed_forward_length")
     if not (len(heads) == len(kv) == len(ffn) == depth) or min(ffn) <= 0 or heads[0] <= 0:
         raise ExportMismatch(f"{path}: its arrays per layer ({heads}, {kv}, {ffn}) are none that llama.cpp computes rightly")
-    for name, tensor in tensors.items():
-        if not np.isfinite(library.dequantize(tensor.data, tensor.tensor_type)).all():
-            raise ValueError(f"{name} has values past the range of {tensor.tensor_type.name.lower()}: use dtype='bf16' or 'f32'")
 
     def expect(name: str, shape: tuple[int, ...], weight: Tensor | None = None, turned: int = 0) -> None:
         if name not in tensors or tuple(int(n) for n in tensors[name].shape[::-1]) != shape:
             raise ExportMismatch(f"{path}: tensor {name} of shape {shape} is missing or of another shape")
         tensor = tensors.pop(name)
+        written = library.dequantize(tensor.data, tensor.tensor_type)
+        if not np.isfinite(written).all():
+            raise ValueError(f"{name} has values past the range of {tensor.tensor_type.name.lower()}: use dtype='bf16' or 'f32'")
         if weight is not None:
-            values, written = _numbers(weight), library.dequantize(tensor.data, tensor.tensor_type)
+            values = _numbers(weight)
             if turned:  # neighbours in the file are halves of a head in the model
                 written = np.concatenate([np.concatenate([head[0::2], head[1::2]]) for head in np.split(written, turned)])
             steps = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 2**-7}

@@ -6,6 +6,7 @@ has an attention, and how wide its MLP is. Read and tried there:
 - the width of an MLP is a multiple of 256, computed from ``ffn_mult``: narrower ones are padded with zeros, which add nothing;
 - vLLM crashes where the first layer has no attention; with ``zeros`` that attention stays, with weights of zeros;
 - biases are of all attentions or MLPs, or of none: zeros fill what the model lacks;
+- mlx-lm reads the base of rotary positions under the name that transformers had before version 5, also in plain checkpoints;
 - mlx-lm has linear layers in place of an attention, which hold a linear repair; vLLM has none.
 """
 
@@ -21,7 +22,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..families.decoder import UnsupportedModel, decoder_layers
 from ..residual import SubBlock, find
@@ -84,8 +85,8 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
     plain = attention == len(find(model, "mlp")) == depth
     if plain and config.model_type not in PLAIN:
         raise UnsupportedModel(
-            f"whole blocks are dropped for {target} from {', '.join(PLAIN)}, not from {config.model_type}: its layers may depend on "
-            "their number there. save_pruned writes a plain transformers checkpoint; compare its answers before you use it"
+            f"folders for {target} are written of {', '.join(PLAIN)}, not of {config.model_type}, whose layers may depend on their "
+            "number there. save_pruned writes a plain checkpoint without whole blocks; compare its answers before you use it"
         )
     layers = [] if plain else _layers(model, target, zeros)
     kept = attention if plain else sum(layer.first is not None and layer.first.kind == "attention" for layer in layers)
@@ -93,6 +94,9 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
     def build(unfinished: Path) -> None:
         if plain:
             model.save_pretrained(unfinished)
+            file = unfinished / "config.json"
+            settings = json.loads(file.read_text(encoding="utf-8")) | (_rope(config) if target == "mlx-lm" else {})
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         else:
             unfinished.mkdir()
             save_torch_state_dict(_state(model, layers), unfinished, max_shard_size="5GB")
@@ -183,8 +187,8 @@ def _width(model: PreTrainedModel) -> int:
 def _has_biases(layers: Sequence[PackedLayer]) -> tuple[bool, bool]:
     """Whether attentions and MLPs have biases."""
     attention = any(name.endswith("proj.bias") for layer in layers if layer.first for name in layer.first.weights)
-    mlp = any(layer.bias is not None or (layer.mlp and "mlp.down_proj.bias" in layer.mlp.weights) for layer in layers)
-    return attention, mlp
+    mlp = any(name.endswith("proj.bias") for layer in layers if layer.mlp for name in layer.mlp.weights)
+    return attention, mlp or any(layer.bias is not None for layer in layers)
 
 
 def _state(model: PreTrainedModel, layers: Sequence[PackedLayer]) -> dict[str, Tensor]:
@@ -230,6 +234,13 @@ def _padded(name: str, weight: Tensor, width: int) -> Tensor:
     return torch.cat([weight.detach(), weight.new_zeros(shape)], axis)
 
 
+def _rope(config: PreTrainedConfig) -> dict[str, object]:
+    """The base and scaling of rotary positions under their older names: mlx-lm takes 10,000 where it finds none of these."""
+    rope = dict(config.rope_parameters or {})
+    theta = rope.pop("rope_theta", None)
+    return {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None}
+
+
 def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str) -> dict[str, object]:
     """The config.json."""
     config = model.config.get_text_config(decoder=True)
@@ -248,8 +259,6 @@ def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str
                 "ffn": {"no_op": not width, "ffn_mult": mult, "replace_with_linear": False},
             }
         )
-    rope = dict(config.rope_parameters or {})
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     same = ("hidden_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "vocab_size", "hidden_act")
     same += ("max_position_embeddings", "intermediate_size", "bos_token_id", "eos_token_id", "pad_token_id")
     return {
@@ -262,9 +271,8 @@ def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str
         "tie_word_embeddings": "lm_head" not in outside(model),
         "attention_bias": attention_bias,
         "mlp_bias": mlp_bias,
-        "rope_parameters": rope,
-        "rope_theta": rope.get("rope_theta"),
-        "rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None,
+        "rope_parameters": config.rope_parameters,
+        **_rope(config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "block_configs": blocks,
     }
