@@ -1,4 +1,4 @@
-"""What 04 says about its accuracies: the retention of guessing and the bias of choosing tasks, against plain loops and simulation."""
+"""The retention of guessing and the bias of choosing tasks, against a plain loop and a simulation."""
 
 import numpy as np
 import pandas as pd
