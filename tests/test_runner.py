@@ -78,6 +78,7 @@ def project(tmp_path, monkeypatch):
     for file in paths.SIZES.glob("*.yaml"):
         shutil.copy(file, tmp_path / "notebooks" / "sizes")
     (tmp_path / "README.md").write_text("before\n<!-- notebooks -->\nold\n<!-- /notebooks -->\nafter\n")
+    (tmp_path / "notebooks" / "README.md").write_text("<!-- answers -->\n<!-- /answers -->\n")
     nbformat.write(notebook(), tmp_path / "notebooks" / "99_small.ipynb")
     return tmp_path
 
@@ -93,7 +94,9 @@ def test_a_default_run_goes_into_place_and_gives_the_same_bytes_twice(project, c
     first = table.read_bytes(), book.read_bytes(), (project / "README.md").read_bytes()
     assert b"0.333333,25\n" in first[0]
     assert nbformat.read(book, 4).cells[0].source.endswith("> **Finding:** Seed 0 gives 0.5 [0.4, 0.6].")
-    assert "| [99 · A small notebook](notebooks/99_small.ipynb) | Seed 0 gives 0.5 [0.4, 0.6]. |" in first[2].decode()
+    assert "\n- [99 · A small notebook](notebooks/99_small.ipynb)\n" in first[2].decode()
+    answers = (project / "notebooks/README.md").read_text()
+    assert "| [99 · A small notebook](99_small.ipynb) | Seed 0 gives 0.5 [0.4, 0.6]. |" in answers
     assert first[2].decode().startswith("before\n")
     assert first[2].decode().endswith("after\n")
     assert run() == 0
