@@ -6,7 +6,7 @@ vLLM reads the kind of each layer as attributes of ``block_configs``; config.jso
 from transformers import LlamaConfig
 
 
-class Settings(dict):
+class BlockSettings(dict):
     """A dictionary whose keys are attributes, too."""
 
     def __getattr__(self, name: str) -> object:
@@ -22,5 +22,7 @@ class PrunedNasConfig(LlamaConfig):
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs=(), **kwargs):
-        self.block_configs = [Settings({part: Settings(values) for part, values in block.items()}) for block in block_configs]
+        self.block_configs = [
+            BlockSettings({part: BlockSettings(values) for part, values in block.items()}) for block in block_configs
+        ]
         super().__init__(**kwargs)

@@ -38,7 +38,7 @@ ROUNDS, STEPS = 4, 12  # of the comparison of speeds; the first round warms up
 SPEED_TYPE = "q8_0"  # what is served; speeds of the others are not measured
 
 
-def drop_sets(model: PreTrainedModel, calibration: Int[Tensor, "sequence token"]) -> dict[str, list[SubBlock]]:
+def sets_to_prove(model: PreTrainedModel, calibration: Int[Tensor, "sequence token"]) -> dict[str, list[SubBlock]]:
     """The sets that are tried: of each kind those that cosine ranks first, and the first and the last layer alone."""
     last = len(find(model, "block")) - 1
     scores = score(model, calibration, ["cosine"])
@@ -116,7 +116,7 @@ def prove(name: str, types: Iterable[str] = (SPEED_TYPE, "f32"), results: Path |
     model, tokenizer = load_model(name, device="cpu")
     calibration = windows("docs", "calibration", tokenizer, 8, 128)
     ids = windows("docs", "evaluation", tokenizer, 1, PROMPT)[0]
-    sets: dict[str, tuple[list[SubBlock], Repair | None]] = {n: (s, None) for n, s in drop_sets(model, calibration).items()}
+    sets: dict[str, tuple[list[SubBlock], Repair | None]] = {n: (s, None) for n, s in sets_to_prove(model, calibration).items()}
     some = [s for s in next(s for n, (s, _) in sets.items() if n.startswith("1 block")) if s.kind != "block"]
     for how in ("constant", "linear"):
         sets[f"4 attention layers, 2 MLPs, {how} repair"] = (some, how)
