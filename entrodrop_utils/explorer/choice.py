@@ -56,7 +56,9 @@ class Choice:
                 by_hand = {s: was for s, was in by_hand.items() if not (was and _overlap(s, sub_block))}
             by_hand[sub_block] = gone
         after = [s for s in before if s not in sub_blocks and not (gone and any(_overlap(s, new) for new in sub_blocks))]
-        new = Choice(self.order, len(after) + (len(sub_blocks) if gone else 0), by_hand, self.attention)
+        wanted = [*after, *(sub_blocks if gone else ())]
+        by_hand |= {s: False for s in Choice(self.order, len(wanted), by_hand).dropped if s not in wanted}  # parts of a lost block
+        new = Choice(self.order, len(wanted), by_hand, self.attention)
         lost = {s.layer for s in new.dropped if s.kind != "mlp"}
         if self.attention and {s.layer for s in self.attention} <= lost:
             raise ValueError("one attention layer must stay: without it no token sees another")

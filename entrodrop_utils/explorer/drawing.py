@@ -125,7 +125,7 @@ def curves_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> dict:
     }
 
 
-def _points(ranking: Ranking, sets: dict[int, Sequence[SubBlock]]) -> list[list[float]]:
+def _points(ranking: Ranking, sets: dict[int, Sequence[SubBlock]]) -> list[list[float | int | None]]:
     """(number dropped, loss increase in nats) of the sets that were measured."""
     settings, loaded = ranking.settings, ranking.loaded
     dense = loaded.known("cost", (), settings)

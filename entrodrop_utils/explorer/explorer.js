@@ -80,10 +80,10 @@ function build(page) {
   const swatch = (name) => draw("svg", { class: "ed-swatch", viewBox: "0 0 14 14", "aria-hidden": "true" }, draw("use", { href: `#${id}-${name}` }));
   page.id = id;
   const legend = element("div", { class: "ed-row ed-legend" },
-    element("span", { class: "ed-ramp", "aria-hidden": "true" }), element("span", {}, "pale: most redundant"),
+    element("span", { class: "ed-ramp", "aria-hidden": "true" }), element("span", { title: "logarithmic in both directions from zero" }, "below zero, zero, above"),
     swatch("gone"), element("span", {}, "dropped"), swatch("hand"), element("span", {}, "by hand"),
     swatch("lock"), element("span", {}, "protected by the rule"),
-    labelled("published lists of other models", part.ghosts));
+    labelled("published lists", part.ghosts, { class: "ed-field", title: "layers that were dropped from other models, at their relative depth" }));
 
   part.slider = element("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": "number dropped" });
   part.slider.addEventListener("input", () => page.send({ do: "slide", n: Number(part.slider.value) }));

@@ -105,7 +105,7 @@ def _cell(text: str) -> str:
     return html.escape(" ".join(text.split())).replace("|", "&#124;")
 
 
-def drop_of(ranking: Ranking, metric: str, n: int) -> tuple[SubBlock, ...]:
-    """The ``n`` most redundant sub-blocks that are not protected, by another metric as it is set."""
+def order_of(ranking: Ranking, metric: str) -> list[SubBlock]:
+    """The sub-blocks that may be dropped in the order of another metric as it is set."""
     ranks = ranking.loaded.ranks(ranking.settings, metric)
-    return tuple(sorted(ranking.order, key=ranks.__getitem__)[:n])
+    return sorted(ranking.order, key=ranks.__getitem__)
