@@ -83,8 +83,12 @@ sweep: env ## many runs on JOBS workers, or on a dask cluster: SWEEP=file.toml J
 bench: env ## speed of the estimators as ratios measured side by side
 	$(PY) tests/bench.py
 
-lab: env ## open JupyterLab on the notebooks
-	$(PY) -m jupyterlab notebooks
+lab: env ## open JupyterLab on copies of the notebooks in build/lab: autosave leaves the tracked ones as they are
+	@mkdir -p build/lab
+	@for n in notebooks/*.ipynb; do copy="build/lab/$${n##*/}"; \
+		if [ ! -e "$$copy" ]; then cp "$$n" "$$copy"; \
+		elif [ "$$n" -nt "$$copy" ]; then mv "$$copy" "$$copy.old"; cp "$$n" "$$copy"; fi; done
+	$(PY) -m jupyterlab build/lab
 
 html: env ## the committed notebooks as web pages in build/html
 	@$(PY) -m entrodrop_utils.runner.pages

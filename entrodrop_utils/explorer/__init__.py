@@ -1,5 +1,7 @@
-"""The explorer: a page in JupyterLab on which one model is scored, pruned and measured interactively.
+"""The explorer: a page in JupyterLab and VS Code on which one model is scored, pruned and measured interactively.
 
-``Explorer`` (``state``) holds the settings and the results and knows no widgets; ``choice`` is the selection, ``background`` the
-thread for slow work, ``view`` and ``bars`` draw, and ``page`` joins them to widgets. ``show_explorer`` is the entry point.
+``state`` owns what is shown and the settings that it was computed from (``Session``); ``loaded`` is a model with its results,
+``choice`` the selection, ``drawing`` the values that are drawn, ``background`` the thread for slow work, ``sharing`` what leaves
+the page, and ``page`` joins them to the widget (``explorer.js``, ``explorer.css``). ``view`` draws the same without widgets.
+``page.show_explorer`` and ``page.explore`` are the entry points.
 """

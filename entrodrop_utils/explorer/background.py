@@ -29,7 +29,7 @@ class Background:
         self._news = threading.Condition()
         self._waiting: Callable[[], None] | None = None
         self._newest = self._mine = 0
-        self._last, self._closed = 0.0, False
+        self._last, self._said, self._closed = 0.0, "", False
         self._idle = threading.Event()
         self._idle.set()
         threading.Thread(target=self._run, daemon=True, name="explorer").start()
@@ -57,8 +57,8 @@ class Background:
     def _listen(self, what: str, done: int, total: int | None) -> None:
         if self._newest != self._mine:
             raise Cancelled
-        if time.monotonic() - self._last >= OFTEN:
-            self._last = time.monotonic()
+        if what != self._said or time.monotonic() - self._last >= OFTEN:
+            self._last, self._said = time.monotonic(), what
             self._report(what, done / total if total else None)
 
     def _run(self) -> None:

@@ -1,236 +1,310 @@
-"""The explorer as a person sees it: widgets that ask state.Explorer in the background and draw what it says."""
+"""The explorer as a person sees it: a widget that draws what ``state.Session`` holds; a thread measures what is missing."""
 
-import html
 import os
 import threading
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 
-import ipywidgets as w
+import anywidget
+import traitlets
 from IPython.display import display
 
 from .. import scoring, text
-from ..models import KNOWN
+from ..profile import DEFAULT_MODEL, Profile
 from ..progress import HEADLESS
 from ..residual import KINDS, SubBlock
-from . import view
-from .background import Background
-from .bars import CSS, Bars
+from . import drawing, sharing
+from .background import Background, sentence
 from .choice import Choice
-from .state import Explorer, Settings
+from .settings import OPTIONS, ROLES
+from .state import Explorer, Pin, Ranking, Session, sink_of
 
-LABELS = {"description_width": "initial"}
+HERE = Path(__file__).parent
+AHEAD = "measuring ahead"  # of work that nobody waits for
+
+
+class ExplorerWidget(anywidget.AnyWidget):
+    """The page in the browser. Python sets the traits; the browser draws them and sends messages (``do`` and its arguments)."""
+
+    _esm = HERE / "explorer.js"
+    _css = HERE / "explorer.css"
+    lists = traitlets.Dict().tag(sync=True)  # what can be chosen, for good
+    fields = traitlets.Dict().tag(sync=True)
+    status = traitlets.Dict().tag(sync=True)
+    map = traitlets.Dict().tag(sync=True)
+    choice = traitlets.Dict().tag(sync=True)
+    curves = traitlets.Dict().tag(sync=True)
+    table = traitlets.List().tag(sync=True)
+    reading = traitlets.Dict().tag(sync=True)
+    said = traitlets.Dict().tag(sync=True)  # continuations, dense and pruned
+    share = traitlets.Dict().tag(sync=True)  # code, folder, and what became of the last save
 
 
 class Page:
-    """The widgets of one explorer; ``widget`` is what is shown. A move is drawn at once, its cost when it has been measured."""
+    """One explorer with its widget. A move is drawn at once, its cost when it has been measured."""
 
-    def __init__(self, explorer: Explorer):
-        self.explorer, self.choice, self.busy = explorer, Choice([]), False
-        self._suggested = ""
-        self._drawing = threading.RLock()  # the page's events and the background both draw
-        self._build(explorer.settings)
-        self.background = Background(self._progress, self._failed)
-        self._ask()
+    def __init__(self, explorer: Explorer, n: int | None = None, by_hand: dict[SubBlock, bool] | None = None):
+        self.explorer, self.session = explorer, Session(explorer.settings)
+        self._drawing = threading.RLock()
+        self._phase, self._step, self._share, self._about = "", ("", None), {}, {}
+        self.widget = ExplorerWidget(
+            lists={
+                "models": drawing.offered(),
+                "kinds": list(KINDS),
+                "metrics": {metric: explorer.settings.options(metric) for metric in scoring.METRICS},
+                "limits": {name: [least, greatest] for name, (_, least, greatest) in OPTIONS.items()},
+                "texts": [*text.OWN, *text.HUB],
+                "roles": list(ROLES),
+                "columns": drawing.COLUMNS,
+                "ghosts": drawing.ghosts(),
+                "exports": sharing.exports(),
+            }
+        )
+        self.widget.on_msg(lambda _, content, __: self.receive(content))
+        self.background = Background(self._progress, lambda error: self._failed(None, error))
+        wish = ({} if n is None else {"n": n}) | ({"by_hand": by_hand} if by_hand else {})
+        self._ask(wish=wish)
 
-    def _build(self, now: Settings) -> None:
-        wide = w.Layout(width="auto", flex="1 1 250px", margin="2px 12px 2px 0")
-        every = {"style": LABELS, "continuous_update": False}
-        self.fields = {
-            "model": w.Combobox(
-                value=now.model,
-                options=[*KNOWN],
-                description="model",
-                placeholder="name, folder or hub name",
-                layout=wide,
-                **every,
-            ),
-            "kind": w.Dropdown(value=now.kind, options=KINDS, description="drop", style=LABELS, layout=w.Layout(width="150px")),
-            "metric": w.Dropdown(
-                value=now.metric, options=list(scoring.METRICS), description="by", style=LABELS, layout=w.Layout(width="150px")
-            ),
-            "bins": w.BoundedIntText(value=now.bins, min=2, max=1000, description="bins", layout=w.Layout(width="130px"), **every),
-            "k": w.BoundedIntText(value=now.k, min=1, max=1000, description="neighbour k", layout=w.Layout(width="130px"), **every),
-            "alpha": w.BoundedFloatText(
-                value=now.alpha, min=0.05, max=100, step=0.5, description="order alpha", layout=w.Layout(width="130px"), **every
-            ),
-            "first": w.Checkbox(value=now.first, description="count the first token", indent=False, layout=w.Layout(width="170px")),
-            "text": w.Combobox(
-                value=now.text, options=[*text.OWN, *text.HUB], description="calibration text", layout=wide, **every
-            ),
-            "pasted": w.Textarea(
-                placeholder="or paste a text of your own here",
-                rows=2,
-                layout=w.Layout(width="100%", margin="2px 12px 2px 0"),
-                **every,
-            ),
-            "prompt": w.Text(
-                value=now.prompt, description="prompt", layout=w.Layout(width="100%", margin="2px 12px 2px 0"), **every
-            ),
+    # --- what a person does
+
+    def receive(self, message: dict) -> None:
+        """A message of the browser: ``do`` names what, the rest are its arguments."""
+        arguments = {name: value for name, value in message.items() if name != "do"}
+        actions = {
+            "set": self._ask,
+            "cancel": self._cancel,
+            "slide": self._slide,
+            "mark": self._mark,
+            "follow": self._follow,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "preset": self._preset,
+            "about": self._describe_model,
+            "save": self._save,
         }
-        self.what, self.fraction = w.Label(layout=w.Layout(width="260px")), w.FloatProgress(max=1, layout=w.Layout(width="220px"))
-        self.stop = w.Button(description="Cancel", tooltip="Stop what is being computed", layout=w.Layout(width="90px"))
-        self.said, self.bars, self.legend = w.HTML(), Bars(self._clicked), w.HTML()
-        self.slider = w.IntSlider(min=0, max=1, description="number dropped", style=LABELS, layout=w.Layout(width="70%"))
-        self.forget = w.Button(
-            description="Follow the ranking", tooltip="Forget what was kept or dropped by hand", layout=w.Layout(width="160px")
-        )
-        self.table, self.picture = w.HTML(layout=w.Layout(width="100%")), w.HTML(layout=w.Layout(width="100%"))
-        self.path = w.Text(description="folder", style=LABELS, layout=w.Layout(flex="1 1 auto", width="auto"))
-        self.save = w.Button(description="Save pruned model", layout=w.Layout(width="160px"))
-        self.export = w.Button(description="Export as code", layout=w.Layout(width="160px"))
-        self.saved = self.answer = w.HTML()
-        self.code = w.Textarea(rows=12, layout=w.Layout(width="100%", display="none"))
-        f, wrap = self.fields, w.Layout(flex_flow="row wrap", width="100%")
-        self.widget = w.VBox(
-            [
-                w.HTML(CSS, layout=w.Layout(display="none")),
-                w.HBox([f["model"], f["kind"], f["metric"], f["bins"], f["k"], f["alpha"], f["first"]], layout=wrap),
-                w.HBox([f["text"]], layout=wrap),
-                f["pasted"],
-                f["prompt"],
-                w.HBox([self.what, self.fraction, self.stop]),
-                self.said,
-                self.legend,
-                self.bars.widget,
-                w.HBox([self.slider, self.forget], layout=wrap),
-                self.table,
-                self.picture,
-                w.HBox([self.path, self.save, self.export], layout=w.Layout(width="100%")),
-                self.saved,
-                self.code,
-            ],
-            layout=w.Layout(padding="0 4px"),
-        )
-        for field in f.values():
-            field.observe(self._ask, "value")
-        f["metric"].observe(self._metric, "value")
-        self.slider.observe(self._moved, "value")
-        for button, action in (
-            (self.stop, self._stopped),
-            (self.forget, self._forgotten),
-            (self.save, self._saved),
-            (self.export, self._exported),
-        ):
-            button.on_click(action)
-        self._options()
+        try:
+            actions[message["do"]](**arguments)
+        except Exception as error:
+            self._failed(None, sentence(error))
 
-    def _options(self) -> None:
-        have = self.explorer.settings.options(self.fields["metric"].value)
-        for name in ("bins", "k", "alpha"):
-            self.fields[name].layout.display = "" if name in have else "none"
+    def _ask(self, wish: dict | None = None, **wanted: object) -> None:
+        ticket = self.session.ask(wish, **wanted)
+        if ticket is None:
+            self._draw()
+            return
+        settings = self.session.fields
 
-    def _draw(self) -> None:
-        """Everything that follows from the selection and can be drawn at once."""
-        with self._drawing:
-            if not self.explorer.ranking:
-                return
-            drop, settings = self.choice.dropped, self.explorer.settings
-            self.bars.mark(drop, self.choice.by_hand)
-            least, most = self.choice.limits
-            self.slider.unobserve(self._moved, "value")
-            self.slider.max = max(most, self.slider.value)
-            self.slider.min, self.slider.value = least, self.choice.n
-            self.slider.max = most
-            self.slider.observe(self._moved, "value")
-            self.forget.disabled = not self.choice.by_hand
-            self.legend.value = (
-                f"<b>{html.escape(view.score_name(self.explorer))} of every {view.NAMES[settings.kind]}</b>, logarithmic in both "
-                "directions from zero; dropped ones are hatched. Click a bar to keep or drop it."
-            )
-            self.table.value = view.table(self.explorer, drop, view.COMPUTING if self.busy else view.MISSING)
+        def job() -> None:
+            try:
+                ranking = self.explorer.use(settings)
+            except Exception as error:
+                self._failed(ticket, sentence(error))
+            else:
+                if self.session.answer(ticket, ranking):
+                    self.explorer.keep_only(ranking.loaded)
+                    self._share = {}
+                    self._measure()
 
-    def _redraw_picture(self) -> None:
-        drop = self.choice.dropped
-        least, most = self.choice.limits
-        counts = {n: self.choice.at(n) for n in range(least, most + 1)}
-        missing = view.COMPUTING if self.busy else view.MISSING
-        figure = view.picture(self.explorer, drop, counts, missing, bars_too=False)
-        self.picture.value = view.image(figure, "Entropy curve, importance, perplexity and divergence against the number dropped")
+        self._work(job, "scoring")
 
-    def _ask(self, *_) -> None:
-        wanted = replace(self.explorer.settings, **{name: field.value for name, field in self.fields.items()})
-        self._work(lambda: self._used(wanted))
+    def _cancel(self) -> None:
+        self.session.cancel()
+        self._phase = ""
+        self.background.cancel()
+        self._draw()
 
-    def _metric(self, _) -> None:
-        self._options()
-        self.fields["alpha"].value = 1.0 if self.fields["metric"].value == "matrix_renyi" else 4.0
+    def _slide(self, n: int) -> None:
+        self.session.drop(n)
+        self._chose()
 
-    def _moved(self, change) -> None:
-        self.choice.n = change["new"]
-        self._work(self._measure)
+    def _mark(self, sub_blocks: list, gone: bool | None = None) -> None:
+        self.session.by_hand([SubBlock(int(layer), kind) for layer, kind in sub_blocks], gone)
+        self._chose()
 
-    def _clicked(self, sub_block: SubBlock) -> None:
-        self.choice.toggle(sub_block)
-        self._work(self._measure)
+    def _follow(self) -> None:
+        self.session.follow()
+        self._chose()
 
-    def _forgotten(self, _) -> None:
-        self.choice = Choice(self.choice.order, self.choice.n)
-        self._work(self._measure)
+    def _pin(self) -> None:
+        if self.session.shown:
+            self.session.pin()
+            self._chose()
 
-    def _saved(self, _) -> None:
-        drop, path = self.choice.dropped, self.path.value
+    def _unpin(self, number: int) -> None:
+        self.session.unpin(number)
+        self._draw()
 
-        def save() -> None:
-            where = self.explorer.save(drop, path)
-            self.saved.value = f"<p role='status'>Saved. <code>load_pruned({html.escape(repr(str(where)))})</code> reads it.</p>"
+    def _preset(self, name: str) -> None:
+        if not (shown := self.session.shown):
+            return
+        if name == "sink":  # its layer follows from a curve that may have to be measured
+
+            def find_sink() -> None:
+                self._ask(**self.session.preset("sink", sink_of(shown.loaded, shown.settings)))
+
+            self.session.cancel()
+            self._work(find_sink, "scoring")
+        else:
+            self._ask(**self.session.preset(name))
+
+    def _describe_model(self, model: str) -> None:
+        self._about = {"model": model, "about": drawing.about_model(model)}
+        self._draw()
+
+    def _save(self, path: str, runtime: str = "", repaired: bool = False) -> None:
+        ranking, choice = self.session.shown, self._chosen()
+
+        def job() -> None:
+            try:
+                if runtime:
+                    where = sharing.export_to(runtime, ranking, choice, path)
+                    self._share = {"saved": f"Exported to {where}."}
+                else:
+                    where = sharing.save(ranking, choice, path, repaired)
+                    self._share = {"saved": f"Saved. load_pruned({str(where)!r}) reads it."}
+            except Exception as error:
+                self._share = {"failed": sentence(error)}
             self._measure()
 
-        self._work(save, self.saved)
+        if self.session.waiting or ranking is None:
+            raise ValueError("wait for the new scores, or cancel them, before saving")
+        self._share = {}
+        self._work(job, "saving")
 
-    def _exported(self, _) -> None:
-        if self.explorer.ranking:
-            self.code.value, self.code.layout.display = self.explorer.code(self.choice.dropped), ""
+    # --- work in the background
 
-    def _stopped(self, _) -> None:
-        self.background.cancel()
-
-    def _work(self, job, answer: w.HTML | None = None) -> None:
-        """Start a job, whose errors are shown in ``answer``: beside what was clicked."""
-        self.busy, self.answer = True, answer or self.said
-        self.said.value = self.saved.value = ""
+    def _work(self, job: Callable[[], None], phase: str) -> None:
+        self._phase, self._step = phase, ("", None)
         self._draw()
         self.background.do(job)
 
-    def _used(self, wanted: Settings) -> None:
-        ranking, drawn = self.explorer.use(wanted), self.bars.importance
-        if (ranking.order, ranking.importance) != (self.choice.order, drawn):
-            n = self.choice.n if ranking.importance.keys() == drawn.keys() else len(ranking.importance) // 4
-            with self._drawing:
-                self.choice = Choice(ranking.order, n)
-                self.bars.draw(ranking.importance)
-        self._draw()
-        self._redraw_picture()
-        self._measure()
+    def _chose(self) -> None:
+        """Measure a new selection; one that is made while an answer is awaited is measured after that."""
+        if self.session.waiting:
+            self._draw()
+        else:
+            self._work(self._measure, "measuring")
+
+    def _chosen(self) -> Choice:
+        """The selection as it is now; a later move does not change it."""
+        with self.session.lock:
+            now = self.session.choice
+            return Choice(now.order, now.n, now.by_hand, now.attention, now.origin)
 
     def _measure(self) -> None:
-        """The selection first, each number drawn when it is there; then all other counts, nearest first, for moves to come."""
-        explorer, drop, (least, most) = self.explorer, self.choice.dropped, self.choice.limits
-        if self.path.value in ("", self._suggested):  # a folder that a person named stays
-            self.path.value = self._suggested = explorer.folder(drop)
-        for step in (explorer.size, explorer.cost, explorer.sample):
-            for chosen in ((), drop):
-                step(chosen)
+        """The selection first, each number drawn when it is there; then what a person may ask for next, as long as nobody asks."""
+        ranking, choice, pins = self.session.shown, self._chosen(), list(self.session.pins)
+        if ranking is None:
+            return
+        self._phase = "measuring"
+        self._draw()
+        try:
+            for step in self._now(ranking, choice, pins):
+                step()
                 self._draw()
-        self._redraw_picture()
-        near = [self.choice.at(n) for n in sorted(range(least, most + 1), key=lambda n: abs(n - len(drop)))]
-        for steps in ((explorer.size, explorer.cost), (explorer.sample,)):
-            for chosen in near:
-                known = explorer.known(chosen)[1]
-                for step in steps:
-                    step(chosen)
-                if not known:
-                    self._redraw_picture()
+            self._phase = "ahead"
+            for number, step in enumerate(self._ahead(ranking, choice, pins)):
+                step()
+                if number % 4 == 3:
+                    self._draw()
+        finally:
+            ranking.loaded.keep()
+
+    def _now(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
+        """What the page shows of the selection and of the pinned ones."""
+        loaded, settings, drop = ranking.loaded, ranking.settings, choice.dropped
+        said = settings.pasted.strip() or settings.prompt
+        for chosen in ((), drop):
+            yield lambda chosen=chosen: (loaded.cost(chosen, settings), loaded.size(chosen))
+        yield lambda: (loaded.reading((), said), loaded.reading(drop, said))
+        for name, chosen in (("dense", ()), ("pruned", drop)) if settings.prompt.strip() else ():
+            yield lambda name=name, chosen=chosen: loaded.continuation(chosen, settings.prompt, lambda text: self._hear(name, text))
+        yield lambda: loaded.curve(drop, settings)
+        for pin in pins:
+            yield lambda pin=pin: (loaded.cost(pin.drop, settings), loaded.size(pin.drop))
+        for chosen in ((), *(pin.drop for pin in pins)):
+            yield lambda chosen=chosen: loaded.speed(chosen)
+        for pin in pins:
+            yield lambda pin=pin: loaded.repaired(pin.drop, pin.settings, settings)
+
+    def _ahead(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
+        """What moves to come will ask for: neighbouring counts, random choices of this size, other metrics, single drops."""
+        loaded, settings, (low, high), n = ranking.loaded, ranking.settings, choice.limits, choice.n
+
+        def cost(drop: Sequence[SubBlock]) -> Callable[[], object]:
+            return lambda: (loaded.cost(drop, settings), loaded.size(drop))
+
+        near = sorted(range(low, high + 1), key=lambda count: abs(count - n))
+        yield from (cost(choice.at(count)) for count in near[:7])
+        yield lambda: loaded.speed(choice.dropped)
+        for metric in scoring.METRICS:
+            yield lambda metric=metric: self._rank(ranking, metric)
+        yield from (cost(draw) for drop in (choice.dropped, *(pin.drop for pin in pins)) for draw in loaded.draws(drop))
+        yield from (cost(choice.at(count)) for count in near[7:])
+        for pin in pins:
+            yield from (cost(pin.order[:count]) for count in range(len(pin.order) + 1))
+        for kind in sorted(KINDS, key=lambda kind: kind != settings.kind):
+            yield from (cost([s]) for s in loaded.sub_blocks[kind])
+        for count in drawing.random_counts(ranking):
+            yield from (cost(draw) for draw in loaded.draws(ranking.order[:count])[:10])
+
+    def _rank(self, ranking: Ranking, metric: str) -> None:
+        with suppress(ValueError):  # a metric that is not chosen may not fit the windows, as knn with a large k
+            ranking.loaded.ranks(ranking.settings, metric)
+
+    def _hear(self, name: str, said: str) -> None:
+        self.widget.said = {**self.widget.said, name: said, f"{name} done": False}
 
     def _progress(self, what: str, fraction: float | None) -> None:
-        self.what.value = what
-        self.fraction.value, self.fraction.bar_style = (fraction or 0), "info" if what else ""
-        self.stop.disabled = not what
+        self._step = (what, fraction)
         if not what:
-            self.busy = False
+            self._phase = ""
+            self._draw()
+        else:
+            self._draw_status()
+
+    def _failed(self, ticket: int | None, error: str) -> None:
+        if self.session.fail(ticket, error):
             self._draw()
 
-    def _failed(self, sentence: str) -> None:
-        self.answer.value = f"<p class='entrodrop-error' role='alert'>{html.escape(sentence)}</p>"
+    # --- what is drawn
+
+    def _draw_status(self) -> None:
+        what, fraction = self._step
+        self.widget.status = {
+            "phase": self._phase,
+            "what": AHEAD if self._phase == "ahead" else what,
+            "fraction": fraction,
+            "waiting": self.session.waiting,
+            "error": self.session.error,
+            "about": self._about,
+        }
+
+    def _draw(self) -> None:
+        """All traits from the session; ipywidgets sends those that changed."""
+        with self._drawing, self.session.lock, self.widget.hold_sync():
+            session, widget, shown = self.session, self.widget, self.session.shown
+            widget.fields = asdict(session.fields) | {"options": session.fields.options()}
+            self._draw_status()
+            if shown is None:
+                return
+            choice, pins, settings = session.choice, session.pins, shown.settings
+            widget.map = drawing.map_of(shown)
+            widget.choice = drawing.choice_of(shown, choice)
+            widget.curves = drawing.curves_of(shown, choice, pins)
+            widget.table = drawing.table_of(shown, choice, pins)
+            widget.reading = drawing.reading_of(shown, choice)
+            told = {"dense": shown.loaded.known("continuation", (), settings.prompt)}
+            told["pruned"] = shown.loaded.known("continuation", choice.dropped, settings.prompt)
+            widget.said = {"prompt": settings.prompt, **{n: t for n, t in told.items() if t is not None}}
+            widget.share = self._share | {
+                "line": sharing.state_line(settings, choice),
+                "code": sharing.drop_code(settings, choice),
+                "folder": sharing.folder_name(shown, choice),
+                "model": settings.model,
+            }
 
     def close(self) -> None:
         """End the background thread and let the model go."""
@@ -240,13 +314,36 @@ class Page:
 _shown: list[Page] = []
 
 
-def show_explorer(explorer: Explorer) -> None:
+def show_explorer(explorer: Explorer, n: int | None = None, by_hand: dict[SubBlock, bool] | None = None) -> None:
     """Show the explorer where there is a person to use it: a notebook that runs headless shows nothing, as widgets would be dead.
 
     One page at a time: running the cell again ends the page before, whose model would stay in memory.
+
+    Args:
+        n: how many are dropped at first; a quarter if it is not given.
+        by_hand: sub-block -> whether it is dropped whatever its rank.
     """
     while _shown:
         _shown.pop().close()
     if not os.environ.get(HEADLESS):
-        _shown.append(Page(explorer))
+        _shown.append(Page(explorer, n, by_hand))
         display(_shown[0].widget)
+
+
+def explore(
+    model: str = DEFAULT_MODEL, n: int | None = None, drop: Sequence = (), keep: Sequence = (), **settings: object
+) -> Explorer:
+    """Show the explorer of a model in a given state: the line that its page shares.
+
+    Args:
+        n: how many sub-blocks are dropped; a quarter if it is not given.
+        drop, keep: (layer, kind) of those that are dropped or kept by hand.
+        settings: of ``Settings``.
+    Raises:
+        ValueError: a setting that cannot be; TypeError one that does not exist.
+    """
+    explorer = Explorer(Profile(model=model))
+    explorer.settings = replace(explorer.settings.changed(**settings), model=model)
+    by_hand = {SubBlock(*s): gone for some, gone in ((drop, True), (keep, False)) for s in some}
+    show_explorer(explorer, n, by_hand)
+    return explorer

@@ -1,241 +1,228 @@
-"""The state of the explorer: settings, the ranking that they give, and the cost of each selection. It has no widgets."""
+"""The state of the explorer, without widgets: what is asked for, what is shown, and the settings that this was computed from.
 
-import copy
-import functools
-import inspect
+``Explorer`` computes a ``Ranking`` from settings. ``Session`` is the one owner of what the page shows: a ranking, the selection in
+it, and pinned selections. Every answer carries its settings; an answer after a cancel, an error or a newer question is dropped.
+"""
+
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from jaxtyping import Float
 
-from .. import scoring, selection, text
-from ..cached_scoring import cached_entropies, cached_score
-from ..dropping import dropped
-from ..evaluation import Estimate, IncrementalLosses
-from ..models import check_model, load_model
-from ..paths import ROOT
-from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile, slug
-from ..progress import report_step
-from ..residual import Kind, SubBlock, find
-from ..saving import remove, save_pruned
+from .. import selection
+from ..profile import Profile
+from ..residual import SubBlock
+from .choice import Choice
+from .loaded import LoadedModel, pasted_windows
+from .settings import Settings
+
+__all__ = ["Explorer", "Pin", "Ranking", "Session", "Settings", "pasted_windows"]
 
 N_SEQUENCES, N_TOKENS = 8, 128  # 1,024 tokens to rank on and 1,024 to evaluate: an answer within two seconds on 2 cores
-CONTEXT = 1024  # tokens of context that the size of the cache is stated for
-NEW_TOKENS = 24  # of generated text
-PROMPT = "The entropy of a random variable is"
-CURVE = "bucket"  # the curve that is shown where the metric is not an entropy and has none of its own
+FRACTION = 0.25  # of the sub-blocks that are dropped at first
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings of the page. ``pasted`` is calibration text that replaces the source ``text``."""
+class Ranking:
+    """The scores of all sub-blocks, with the settings and the model that they were computed from.
 
-    model: str = DEFAULT_MODEL
-    kind: Kind = "attention"
-    metric: str = CURVE
-    bins: int = 20
-    k: int = 25
-    alpha: float = 4.0
-    first: bool = True  # whether the first token of a window counts
-    text: str = DEFAULT_TEXT
-    pasted: str = ""
-    prompt: str = PROMPT
-    seed: int = 0
+    Attributes:
+        curve: mean entropy at each of the 2 L + 1 endpoints of the residual stream, nats, by ``settings.entropy``.
+        importance: of every sub-block of every kind.
+        order: the sub-blocks of ``settings.kind`` that may be dropped, first dropped first.
+    """
 
-    def options(self, name: str) -> list[str]:
-        """Which of bins, k and alpha a metric has."""
-        have = inspect.signature(scoring.resolve([name])[name]).parameters
-        return [option for option in ("bins", "k", "alpha") if option in have]
+    settings: Settings
+    loaded: LoadedModel
+    curve: Float[np.ndarray, "endpoint"]
+    importance: dict[SubBlock, float]
+    order: list[SubBlock]
 
-    def metrics(self) -> dict[str, scoring.Metric]:
-        """The chosen metric as it is set, and an entropy for the curve where the metric is none."""
-        names = [self.metric] if scoring.is_entropy(scoring.METRICS[self.metric]) else [self.metric, CURVE]
-        metrics = {}
-        for name in names:
-            metric = functools.partial(scoring.METRICS[name], **{option: getattr(self, option) for option in self.options(name)})
-            metrics[name] = metric if self.first else scoring.without_first(metric)
-        return metrics
-
-
-class Ranking(NamedTuple):
-    """The scores of one kind of sub-block on the calibration text."""
-
-    curve: np.ndarray  # mean entropy at each of the 2 L + 1 endpoints of the residual stream, nats
-    entropy: str  # the estimator of that curve
-    importance: dict[SubBlock, float]  # of every sub-block of the kind, by depth
-    order: list[SubBlock]  # what may be dropped, first dropped first
-
-
-class Size(NamedTuple):
-    """The size of a pruned model: parameters, and bytes of keys and values for ``CONTEXT`` tokens."""
-
-    parameters: int
-    cache: float
-
-
-class Cost(NamedTuple):
-    """The cost of a selection on held-out text."""
-
-    loss: Estimate
-    kl: Estimate
-
-
-class _Stoppable(StoppingCriteria):
-    def __call__(self, input_ids: Tensor, scores, **_):
-        report_step("generating", 0, None)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    @property
+    def candidates(self) -> list[SubBlock]:
+        """The sub-blocks of the kind that is dropped, by depth."""
+        return self.loaded.sub_blocks[self.settings.kind]
 
 
 class Explorer:
-    """One model at a time with all results for it: nothing is computed twice.
-
-    Slow methods (``use``, ``size``, ``cost``, ``sample``, ``save``) wait for each other, as a model without some sub-blocks is the
-    model itself for a while; ``known`` answers at once.
-    """
+    """From settings to a ranking; models stay in memory until ``keep_only``."""
 
     def __init__(self, profile: Profile | None = None, n_sequences: int = N_SEQUENCES, n_tokens: int = N_TOKENS):
         profile = profile or Profile()
         self.settings = Settings(profile.model, text=profile.text, seed=profile.seed)
         self.n_sequences, self.n_tokens = n_sequences, n_tokens
-        self._model_lock, self._queue = threading.Lock(), threading.Lock()
-        self.model = self.tokenizer = self.ranking = None
-        self._opened = ""
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Alone with the model. Who waits holds the queue, so that a thread with much to do cannot come back before it."""
-        with self._queue:
-            self._model_lock.acquire()
-        try:
-            yield
-        finally:
-            self._model_lock.release()
+        self._loaded: dict[str, LoadedModel] = {}
+        self._loading = threading.Lock()
 
     def use(self, settings: Settings | None = None) -> Ranking:
         """Load the model and score the calibration text where these settings ask for it; the ranking.
 
         Raises:
-            ValueError: a model, text or setting that does not exist or does not fit; what was used before stays.
+            ValueError: a model, text or setting that does not exist or does not fit.
             ModelUnavailable: the model is not available.
         """
         settings = settings or self.settings
-        with self._turn():
-            metrics = settings.metrics()
-            if settings.model != self._opened:
-                self._open(settings)
-            key = replace(settings, kind="attention", prompt="")
-            if key not in self._scores:
-                self._scores[key] = self._score(settings, metrics)
-            scores, curve, entropy = self._scores[key]
-            mean = scores[(scores.kind == settings.kind) & (scores.metric == settings.metric)].groupby("layer").value.mean()
-            importance = {SubBlock(int(layer), settings.kind): float(value) for layer, value in mean.items()}
-            order = selection.one_shot(scores, settings.metric, settings.kind)
-            self.settings, self.ranking = settings, Ranking(curve, entropy, importance, order)
-            return self.ranking
+        with self._loading:
+            if settings.model not in self._loaded:
+                self._loaded[settings.model] = LoadedModel(settings.model, self.n_sequences, self.n_tokens, settings.seed)
+            loaded = self._loaded[settings.model]
+        scores = loaded.scores(settings, dict.fromkeys([settings.metric, settings.entropy]))
+        mean = scores[scores.metric == settings.metric].groupby(["kind", "layer"]).value.mean()
+        importance = {SubBlock(int(layer), kind): float(value) for (kind, layer), value in mean.items()}
+        order = selection.one_shot(scores, settings.metric, settings.kind)
+        return Ranking(settings, loaded, loaded.curve((), settings), importance, order)
 
-    def _open(self, settings: Settings) -> None:
-        check_model(settings.model)
-        report_step("loading the model", 0, None)
-        model, tokenizer = load_model(settings.model)
-        find(model, "attention")  # a model that is no decoder is refused here
-        held_out = text.windows(DEFAULT_TEXT, "evaluation", tokenizer, self.n_sequences, self.n_tokens, settings.seed)
-        losses = IncrementalLosses(model, held_out)
-        self.model, self.tokenizer, self._cost = model, tokenizer, losses
-        self._scores, self._sizes, self._samples, self._opened = {}, {}, {}, settings.model
-
-    def _score(self, settings: Settings, metrics: dict[str, scoring.Metric]):
-        if settings.pasted.strip():
-            windows = pasted_windows(settings.pasted, self.tokenizer, self.n_sequences, self.n_tokens)
-        else:
-            windows = text.windows(settings.text, "calibration", self.tokenizer, self.n_sequences, self.n_tokens, settings.seed)
-        entropy = next(name for name, metric in metrics.items() if scoring.is_entropy(metric))
-        scores = cached_score(self.model, windows, metrics)
-        curve = cached_entropies(self.model, windows, {entropy: metrics[entropy]})  # measured for the scores already
-        return scores, curve.groupby("endpoint").value.mean().to_numpy(), entropy
-
-    def known(self, drop: Iterable[SubBlock]) -> tuple[Size | None, Cost | None, str | None]:
-        """The results that exist without these sub-blocks."""
-        key = tuple(sorted(drop))
-        cost = self._cost.results.get(key)
-        return self._sizes.get(key), cost and Cost(*cost), self._samples.get((key, self.settings.prompt))
-
-    @torch.inference_mode()
-    def size(self, drop: Iterable[SubBlock]) -> Size:
-        """Parameters and cache as counted on the model without these sub-blocks, not as computed from its config."""
-        key = tuple(sorted(drop))
-        with self._turn():
-            if key not in self._sizes:
-                with dropped(self.model, key) as model:
-                    ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-                    layers = model(ids, use_cache=True).past_key_values.layers
-                    kept = [part for layer in layers for part in (layer.keys, layer.values) if isinstance(part, Tensor)]
-                    self._sizes[key] = Size(model.num_parameters(), sum(part.nbytes for part in kept) / ids.shape[1] * CONTEXT)
-            return self._sizes[key]
-
-    def cost(self, drop: Iterable[SubBlock]) -> Cost:
-        """Loss and divergence from the dense model on held-out text."""
-        with self._turn():
-            return Cost(*self._cost(drop))
-
-    @torch.inference_mode()
-    def sample(self, drop: Iterable[SubBlock]) -> str:
-        """The greedy continuation of the prompt."""
-        key, prompt = tuple(sorted(drop)), self.settings.prompt
-        with self._turn():
-            if (key, prompt) not in self._samples:
-                if not prompt.strip():
-                    raise ValueError("the prompt is empty: there is nothing to go on from")
-                ids = torch.tensor([self.tokenizer(prompt).input_ids], device=self.model.device)
-                greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_new_tokens": NEW_TOKENS}
-                pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-                with dropped(self.model, key) as model:
-                    stop = StoppingCriteriaList([_Stoppable()])
-                    mask = torch.ones_like(ids)
-                    told = model.generate(ids, attention_mask=mask, pad_token_id=pad, stopping_criteria=stop, **greedy)
-                self._samples[key, prompt] = self.tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True)
-            return self._samples[key, prompt]
-
-    def save(self, drop: Iterable[SubBlock], path: str) -> Path:
-        """Write the model without these sub-blocks for ``load_pruned``; a relative folder is under the project's own."""
-        if not path.strip():
-            raise ValueError("name a folder to save the pruned model in")
-        folder = ROOT / Path(path.strip()).expanduser()
-        with self._turn():
-            report_step("saving", 0, None)
-            return save_pruned(remove(copy.deepcopy(self.model), drop), folder, self.tokenizer)
-
-    def folder(self, drop: list[SubBlock]) -> str:
-        """A name for what ``save`` writes."""
-        return f"build/pruned/{slug(self.settings.model)}-without-{len(drop)}-{self.settings.kind}"
-
-    def code(self, drop: Iterable[SubBlock]) -> str:
-        """A notebook cell that has this model and selection."""
-        chosen = "".join(f'    SubBlock({layer}, "{kind}"),\n' for layer, kind in drop)
-        return (
-            "from entrodrop_utils import SubBlock, dropped, load_model\n\n"
-            f"model, tokenizer = load_model({self.settings.model!r})\n"
-            f"drop_set = [  # first dropped first\n{chosen}]\nwith dropped(model, drop_set):\n"
-            '    print(f"{model.num_parameters():,} parameters")\n'
-        )
+    def keep_only(self, loaded: LoadedModel) -> None:
+        """Let all other models go."""
+        with self._loading:
+            self._loaded = {loaded.name: loaded}
 
 
-def pasted_windows(pasted: str, tokenizer, n_sequences: int, n_tokens: int) -> Int[Tensor, "sequence token"]:
-    """Pasted text as windows of at most ``n_tokens`` tokens; the rest of the last one is left out.
+@dataclass(frozen=True)
+class Pin:
+    """A selection that stays in the table, with the settings that it was made under."""
 
-    Raises:
-        ValueError: too little text for one short window.
+    name: str
+    settings: Settings
+    drop: tuple[SubBlock, ...]
+    order: tuple[SubBlock, ...] = ()  # the ranking that it follows; empty for a choice by hand
+
+
+@dataclass
+class Session:
+    """What the page shows and asks for. Methods return at once and may be called from any thread.
+
+    Attributes:
+        fields: what the controls say. They differ from ``shown.settings`` only while ``waiting``.
+        shown: the ranking that everything drawn, exported and saved belongs to; None before the first answer.
+        waiting: whether an answer is awaited: what is drawn is then dimmed.
+        error: one sentence, until the next question.
     """
-    ids = tokenizer(pasted).input_ids
-    tokens = min(n_tokens, len(ids))
-    if tokens < (least := 32):
-        raise ValueError(f"the pasted text has {len(ids)} tokens: at least {least} are needed to estimate an entropy")
-    sequences = min(n_sequences, len(ids) // tokens)
-    return torch.tensor(ids[: sequences * tokens]).view(sequences, tokens)
+
+    fields: Settings
+    shown: Ranking | None = None
+    choice: Choice = field(default_factory=lambda: Choice([]))
+    pins: list[Pin] = field(default_factory=list)
+    waiting: bool = False
+    error: str = ""
+    _ticket: int = 0
+    _wish: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.lock = threading.RLock()
+
+    def ask(self, wish: dict | None = None, **wanted: object) -> int | None:
+        """Change settings: the ticket of the answer that is now awaited; None where a value is refused, which ``error`` says.
+
+        Args:
+            wish: ``n``, ``by_hand`` and ``origin`` of the choice, once the answer is there.
+        """
+        with self.lock:
+            self.error, before = "", self.fields
+            try:
+                self.fields = before.changed(**wanted)
+            except (ValueError, TypeError) as error:
+                self.error = str(error)
+                return None
+            self._ticket, self.waiting, self._wish = self._ticket + 1, True, wish or {}
+            return self._ticket
+
+    def answer(self, ticket: int, ranking: Ranking) -> bool:
+        """Show a ranking, unless it answers an earlier question."""
+        with self.lock:
+            if ticket != self._ticket or not self.waiting:
+                return False
+            before, loaded = self.shown, ranking.loaded
+            same = before is not None and before.loaded is loaded
+            self.shown, self.fields, self.waiting = ranking, ranking.settings, False
+            n = self.choice.n if same else selection.count_of(FRACTION, len(ranking.candidates))
+            n = self._wish.get("n", n)
+            follow = {"by_hand": self.choice.by_hand, "origin": self.choice.origin} if same and not self._wish else {}
+            follow |= {name: self._wish[name] for name in ("by_hand", "origin") if name in self._wish}
+            self.choice = Choice(ranking.order, n, attention=loaded.sub_blocks["attention"], **follow)
+            self.pins = self.pins if same else []
+            return True
+
+    def cancel(self) -> None:
+        """Await nothing: fields go back to what is shown."""
+        with self.lock:
+            self._ticket, self.waiting = self._ticket + 1, False
+            if self.shown:
+                self.fields = self.shown.settings
+
+    def fail(self, ticket: int | None, sentence: str) -> bool:
+        """An error in place of an answer: fields go back. An error of an earlier question is left."""
+        with self.lock:
+            if ticket is not None and (ticket != self._ticket or not self.waiting):
+                return False
+            if ticket is not None:
+                self.cancel()
+            self.error = sentence
+            return True
+
+    def drop(self, n: int) -> None:
+        """The slider: so many are dropped."""
+        with self.lock:
+            low, high = self.choice.limits
+            self.choice.n = min(max(int(n), low), high)
+
+    def by_hand(self, sub_blocks: list[SubBlock], gone: bool | None = None) -> None:
+        """Drop or keep sub-blocks by hand; None toggles a single one. A choice that is refused leaves a sentence in ``error``."""
+        with self.lock:
+            self.error = ""
+            try:
+                self.choice.toggle(*sub_blocks) if gone is None else self.choice.set(sub_blocks, gone)
+            except ValueError as error:
+                self.error = str(error)
+
+    def follow(self) -> None:
+        """Forget what was kept or dropped by hand."""
+        with self.lock:
+            self.choice = Choice(self.choice.order, self.choice.n, attention=self.choice.attention)
+
+    def pin(self) -> Pin:
+        """Keep the selection in the table."""
+        with self.lock:
+            drop, settings = tuple(self.choice.dropped), self.shown.settings
+            kind = "" if settings.kind == "attention" else f" {settings.kind}"
+            name = f"{settings.measure}{kind}, {len(drop)}"
+            if self.choice.origin or self.choice.by_hand:
+                name = f"{self.choice.origin or 'mine'}, {len(drop)}"
+            pin = Pin(name, settings, drop, () if self.choice.by_hand else tuple(self.choice.order))
+            self.pins = [old for old in self.pins if set(old.drop) != set(drop)] + [pin]
+            return pin
+
+    def unpin(self, number: int) -> None:
+        """Take a pinned selection out of the table."""
+        with self.lock:
+            self.pins = [pin for i, pin in enumerate(self.pins) if i != number]
+
+    def preset(self, name: str, sink: SubBlock | None = None) -> dict:
+        """What a preset asks for, as arguments of ``ask``.
+
+        ``paper`` and ``cosine`` are 37.5% of the attention layers by bucket entropy or cosine, ``random`` is as many as now, and
+        ``sink`` the branch that makes the attention sink.
+
+        Raises:
+            ValueError: an unknown preset.
+        """
+        with self.lock:
+            paper = {"n": selection.count_of(0.375, self.shown.loaded.depth), "by_hand": {}, "origin": ""}
+            if name in ("paper", "cosine"):
+                return {"metric": "bucket" if name == "paper" else "cosine", "kind": "attention", "wish": paper}
+            if name == "random":
+                seed = self._ticket
+                chosen = selection.random_order(self.choice.order, seed)[: self.choice.n]
+                by_hand = dict.fromkeys(chosen, True)
+                return {"wish": {"n": len(chosen), "by_hand": by_hand, "origin": f"at random (seed {seed})"}}
+            if name == "sink" and sink:
+                return {"wish": {"n": 1, "by_hand": {sink: True}, "origin": f"the largest fall of bucket entropy, {sink}"}}
+            raise ValueError(f"unknown preset {name!r}: choose paper, cosine, sink or random")
+
+
+def sink_of(loaded: LoadedModel, settings: Settings) -> SubBlock:
+    """The branch at which bucket entropy falls most when the first token counts: there it becomes the attention sink."""
+    curve = loaded.curve((), replace(settings, metric="bucket", first=True))
+    endpoint = int(np.diff(curve).argmin())
+    return SubBlock(endpoint // 2, ("attention", "mlp")[endpoint % 2])

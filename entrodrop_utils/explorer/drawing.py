@@ -1,0 +1,267 @@
+"""What the page draws, as plain values: every number comes from one ranking, with the settings that it was computed from."""
+
+import csv
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .. import scoring
+from ..models import KNOWN
+from ..models.sources import is_local
+from ..paths import PUBLISHED
+from ..residual import KINDS, SubBlock
+from .choice import Choice
+from .loaded import CONTEXT, LoadedModel
+from .settings import Settings
+from .state import Pin, Ranking
+
+NAMES = {"attention": "attention layer", "mlp": "MLP", "block": "block"}
+COLUMNS = {
+    "loss": "loss (nats per token)",
+    "kl": "KL to dense (nats per token)",
+    "perplexity": "perplexity",
+    "repaired": "loss after linear repair",
+    "parameters": "parameters",
+    "cache": f"KV cache at {CONTEXT:,} tokens",
+    "speed": "tokens per second",
+    "random": "better than random choices",
+}
+
+
+def counted(n: int, total: int, kind: str) -> str:
+    """A number of sub-blocks in words."""
+    return f"{n} of {total} {NAMES[kind]}s"
+
+
+def unit(values: Iterable[float]) -> float:
+    """Where the symmetric logarithmic scale of importance turns linear: the size of a typical small value."""
+    sizes = sorted(abs(value) for value in values)
+    return max(sizes[len(sizes) // 4], 1e-9)
+
+
+def map_of(ranking: Ranking) -> dict:
+    """The map: for each kind and layer the score, its place on the scale from -1 to 1, and the ranks by all metrics measured."""
+    settings, loaded, rows = ranking.settings, ranking.loaded, {}
+    ranks = {metric: known for metric in scoring.METRICS if (known := loaded.known_ranks(settings, metric))}
+    for kind in KINDS:
+        values = {s: ranking.importance[s] for s in loaded.sub_blocks[kind]}
+        scale = unit(values.values())
+        scaled = {s: math.copysign(math.log1p(abs(value) / scale), value) for s, value in values.items()}
+        most = max(map(abs, scaled.values())) or 1
+        rows[kind] = [
+            {
+                "layer": s.layer,
+                "score": f"{value:.4g}",
+                "shade": round(scaled[s] / most, 3),
+                "ranks": {metric.replace("_", " "): known[s] for metric, known in ranks.items()},
+                "alone": _alone(loaded, s, settings),
+            }
+            for s, value in values.items()
+        ]
+    unit_name = " (nats)" if scoring.is_entropy(scoring.METRICS[settings.metric]) else ""
+    what = "entropy increase, " if unit_name else ""
+    protected = sorted({s.layer for s in ranking.candidates} - {s.layer for s in ranking.order})
+    return {
+        "title": f"{what}{settings.measure}{unit_name}, ranked on {settings.calibration}",
+        "layers": loaded.depth,
+        "kind": settings.kind,
+        "rows": rows,
+        "protected": protected,
+    }
+
+
+def _alone(loaded: LoadedModel, sub_block: SubBlock, settings: Settings) -> str:
+    dense, cost = loaded.known("cost", (), settings), loaded.known("cost", [sub_block], settings)
+    return f"{cost.loss.mean - dense.loss.mean:+.3f} nats" if dense and cost else ""
+
+
+def choice_of(ranking: Ranking, choice: Choice) -> dict:
+    """The selection: what is dropped and what was set by hand, the slider, and the code that recreates it."""
+    low, high = choice.limits
+    return {
+        "dropped": [list(s) for s in choice.dropped],
+        "hand": [list(s) for s in choice.by_hand],
+        "n": choice.n,
+        "least": low,
+        "most": high,
+        "said": choice.described(ranking.settings.measure),
+        "counted": described(ranking, choice.dropped),
+    }
+
+
+def described(ranking: Ranking, drop: Sequence[SubBlock]) -> str:
+    """The selection in words."""
+    counts = {kind: sum(s.kind == kind for s in drop) for kind in KINDS}
+    named = [kind for kind in KINDS if counts[kind]] or [ranking.settings.kind]
+    return "without " + " and ".join(counted(counts[kind], len(ranking.loaded.sub_blocks[kind]), kind) for kind in named)
+
+
+def curves_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> dict:
+    """Entropy along the depth, dense and pruned, and loss increase against the number dropped, where it was measured."""
+    settings, loaded = ranking.settings, ranking.loaded
+    pruned = loaded.known_curve(choice.dropped, settings)
+    low, high = choice.limits
+    lines = [
+        {"name": choice.origin or settings.measure, "points": _points(ranking, {n: choice.at(n) for n in range(low, high + 1)})}
+    ]
+    for pin in pins:
+        if pin.order and pin.settings.kind == settings.kind and pin.order != tuple(choice.order):
+            sets = {n: pin.order[:n] for n in range(len(pin.order) + 1)}
+            if pin.settings.measure not in [line["name"] for line in lines]:
+                lines.append({"name": pin.settings.measure, "points": _points(ranking, sets)})
+    return {
+        "entropy": settings.entropy.replace("_", " "),
+        "dense": _numbers(ranking.curve),
+        "pruned": None if pruned is None or not choice.dropped else _numbers(pruned),
+        "lines": lines,
+        "random": [
+            [n, *_numbers(np.quantile(values, [0, 0.5, 1])), len(values)] for n, values in sorted(random_costs(ranking).items())
+        ],
+        "evaluation": settings.evaluation,
+        "most": high,
+    }
+
+
+def _points(ranking: Ranking, sets: dict[int, Sequence[SubBlock]]) -> list[list[float | int | None]]:
+    """(number dropped, loss increase in nats) of the sets that were measured."""
+    settings, loaded = ranking.settings, ranking.loaded
+    dense = loaded.known("cost", (), settings)
+    costs = {n: loaded.known("cost", drop, settings) for n, drop in sets.items()} if dense else {}
+    return [[n, *_numbers([cost.loss.mean - dense.loss.mean])] for n, cost in costs.items() if cost]
+
+
+def random_counts(ranking: Ranking) -> list[int]:
+    """The numbers at which random choices are measured for the curve."""
+    total = len(ranking.order)
+    return sorted({max(1, round(total * eighths / 8)) for eighths in range(1, 7)})
+
+
+def random_costs(ranking: Ranking) -> dict[int, list[float]]:
+    """Number dropped -> loss increase of the random choices measured so far, at least five."""
+    settings, loaded = ranking.settings, ranking.loaded
+    dense, costs = loaded.known("cost", (), settings), {}
+    for n in range(1, len(ranking.order) + 1):
+        known = [loaded.known("cost", draw, settings) for draw in loaded.draws(ranking.order[:n])]
+        values = [cost.loss.mean - dense.loss.mean for cost in known if cost and dense]
+        if len(values) >= 5:
+            costs[n] = values
+    return costs
+
+
+def table_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> list[dict]:
+    """A row for the dense model, the selection and each pinned one: its name and a text for each column, None where unmeasured."""
+    settings, drop = ranking.settings, choice.dropped
+    rows = [("dense", (), settings), (f"now: {choice.described(settings.measure)}", tuple(drop), settings)]
+    rows += [(pin.name, pin.drop, pin.settings) for pin in pins]
+    return [
+        {
+            "name": name,
+            "set": described(ranking, drop) if drop else "nothing dropped",
+            "ranked": f"ranked on {made.calibration}" if drop else "",
+            "cells": cells(ranking, drop, made),
+        }
+        for name, drop, made in rows
+    ]
+
+
+def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[str, str | None]:
+    """The numbers of one selection as text; None for what was not measured, "–" for what does not exist.
+
+    Args:
+        made: the settings that the selection was made under, whose calibration text a repair is fitted on.
+    """
+    loaded, settings = ranking.loaded, ranking.settings
+    dense, cost = loaded.known("cost", (), settings), loaded.known("cost", drop, settings)
+    whole, size = loaded.known("size", ()), loaded.known("size", drop)
+    rate, better = loaded.known("speed", drop), loaded.better_than(drop, settings)
+    known_repair, repaired = loaded.known_repair(drop, made, settings)
+    increase = f" ({cost.loss.mean - dense.loss.mean:+.2f})" if drop and cost and dense else ""
+    factor = f" (×\u00a0{_short(math.exp(cost.loss.mean - dense.loss.mean))})" if drop and cost and dense else ""
+    share = (
+        {name: f" ({getattr(size, name) / getattr(whole, name) - 1:+.0%})" for name in size._fields}
+        if drop and size and whole
+        else {}
+    )
+    return {
+        "loss": cost and f"{cost.loss.mean:.2f} ± {cost.loss.stderr:.2f}{increase}",
+        "kl": "0" if not drop else cost and f"{cost.kl.mean:.3f} ± {cost.kl.stderr:.3f}",
+        "perplexity": cost and f"{_short(cost.loss.perplexity)}{factor}",
+        "repaired": "–"
+        if not drop or (known_repair and repaired is None)
+        else repaired and f"{repaired.mean:.2f} ± {repaired.stderr:.2f}",
+        "parameters": size and f"{size.parameters / 1e6:.1f} M{share.get('parameters', '')}",
+        "cache": size and f"{size.cache / 1e6:.1f} MB{share.get('cache', '')}",
+        "speed": rate and f"{rate:.0f}",
+        "random": "–"
+        if not loaded.draws(drop)
+        else better and f"{better[0].estimate:.0%} of {better[1]} [{better[0].low:.0%}, {better[0].high:.0%}]",
+    }
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 1e4 else f"{value:.2g}".replace("e+0", "e").replace("e+", "e")
+
+
+def _numbers(values: Iterable[float]) -> list[float | None]:
+    """Numbers that JSON can hold."""
+    return [round(float(value), 5) if math.isfinite(value) else None for value in values]
+
+
+def reading_of(ranking: Ranking, choice: Choice) -> dict:
+    """One's own text, or the prompt: its tokens with their losses and the likeliest next tokens, dense and pruned."""
+    settings, loaded = ranking.settings, ranking.loaded
+    text = settings.pasted.strip() or settings.prompt
+    dense, pruned = loaded.known("reading", (), text), loaded.known("reading", choice.dropped, text)
+    if dense is None or pruned is None:
+        return {"tokens": [], "dense": [], "pruned": []}
+    losses = [_numbers(reading.losses) for reading in (dense, pruned)]
+    nexts = [[[[token, round(p, 3)] for token, p in row] for row in reading.candidates] for reading in (dense, pruned)]
+    return {"tokens": [list(token) for token in zip(dense.tokens, *losses, strict=True)], "dense": nexts[0], "pruned": nexts[1]}
+
+
+def ghosts() -> list[dict]:
+    """The published lists of dropped layers of other models: kind, name, and the depth of each from 0 to 1."""
+    file = PUBLISHED / "others.csv"
+    found = []
+    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ():
+        if row["metric"] in ("first dropped first", "layers") and re.fullmatch(r"[\d ]+", row["value"].strip()):
+            layers = [int(layer) for layer in row["value"].split()]
+            name = f"{row['method']} on {row['model']}: {len(layers)} of {row['n_total']} {NAMES[row['unit']]}s"
+            found.append({"name": name, "kind": row["unit"], "depths": [(n + 0.5) / int(row["n_total"]) for n in layers]})
+    return found
+
+
+def _is_decoder(name: str) -> bool:
+    return "encoder" not in KNOWN[name]["about"]
+
+
+def offered() -> list[str]:
+    """The registered models that can be explored: those that predict a next token."""
+    return [name for name in KNOWN if _is_decoder(name)]
+
+
+def about_model(name: str) -> str:
+    """What opening a model takes, before it is opened: download, memory and time."""
+    path = Path(name).expanduser()
+    known = KNOWN.get(name)
+    if known and not _is_decoder(name):
+        return "an encoder: it predicts no next token, so it cannot be explored"
+    if known:
+        here = is_local(name)
+        megabytes, hub = known["megabytes"], "hub" in known
+        grown = (1 if known.get("dtype") else 2) if hub else 7  # bfloat16 in float32; 4 bits and their scales in float32
+        download = "is on this machine" if here else f"a download of {megabytes:,} MB"
+    elif path.is_dir():
+        megabytes, grown, download, here = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6, 1, "a folder", True
+    elif path.is_file() and path.suffix == ".gguf":
+        megabytes, grown, download, here = path.stat().st_size / 1e6, 7, "a GGUF file, converted once", False
+    elif name.count("/") == 1:
+        return "from the hub, whatever its size: a model of N billion parameters takes about 4 N GB of memory"
+    else:
+        return ""
+    memory = megabytes * grown / 1e3
+    seconds = 2 + memory * (3 if here else 60)
+    return f"{download}; about {memory + 1.5:.1f} GB of memory, {seconds:.0f} s to open" + ("" if here else " and the download")

@@ -1,0 +1,110 @@
+"""What leaves the explorer: code that recreates its state, a saved model with its card, and files for other runtimes."""
+
+import copy
+import importlib
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+from ..model_card import Card
+from ..paths import ROOT
+from ..profile import slug
+from ..progress import report_step
+from ..repair import repair
+from ..saving import remove, save_pruned
+from ..text import text_digest
+from .choice import Choice
+from .settings import Settings
+from .state import Ranking
+
+
+def state_line(settings: Settings, choice: Choice) -> str:
+    """One line of Python that shows the explorer in this state."""
+    default = Settings()
+    changed = {f.name: getattr(settings, f.name) for f in fields(settings) if getattr(settings, f.name) != getattr(default, f.name)}
+    changed.pop("model", None)
+    changed["n"] = choice.n
+    for name, gone in (("drop", True), ("keep", False)):
+        if some := [tuple(s) for s, was in choice.by_hand.items() if was == gone]:
+            changed[name] = some
+    arguments = "".join(f", {name}={value!r}" for name, value in changed.items())
+    return f"from entrodrop_utils.explorer.page import explore; explore({settings.model!r}{arguments})"
+
+
+def drop_code(settings: Settings, choice: Choice) -> str:
+    """A notebook cell that has this model and selection, and says how it was made."""
+    chosen = "".join(f'    SubBlock({layer}, "{kind}"),\n' for layer, kind in choice.dropped)
+    return (
+        f"# chosen by {choice.described(settings.measure)}; ranked on {settings.calibration}\n"
+        "from entrodrop_utils import SubBlock, dropped, load_model\n\n"
+        f"model, tokenizer = load_model({settings.model!r})\n"
+        f"drop_set = [  # first dropped first\n{chosen}]\nwith dropped(model, drop_set):\n"
+        '    print(f"{model.num_parameters():,} parameters")\n'
+    )
+
+
+def card_of(ranking: Ranking, choice: Choice) -> Card:
+    """The card of what is saved: who chose, on which text, and what it cost."""
+    settings, loaded = ranking.settings, ranking.loaded
+    windows = loaded.calibration(settings)
+    before, after = loaded.cost((), settings).loss, loaded.cost(choice.dropped, settings).loss
+    return Card(
+        base_model=settings.model if not Path(settings.model).exists() else Path(settings.model).name,
+        metric=choice.described(settings.measure),
+        calibration=f"{len(windows)} windows of {windows.shape[1]} tokens of {settings.calibration}",
+        digest=text_digest(windows),
+        perplexity_before=before.perplexity,
+        perplexity_after=after.perplexity,
+        evaluation=f"{len(before.per_window)} windows of {settings.evaluation}",
+    )
+
+
+def folder_name(ranking: Ranking, choice: Choice) -> str:
+    """A name for the folder of a saved model."""
+    return f"build/pruned/{slug(ranking.settings.model)}-without-{len(choice.dropped)}-{ranking.settings.kind}"
+
+
+def save(ranking: Ranking, choice: Choice, path: str, repaired: bool = False) -> Path:
+    """Write the model without the selection for ``load_pruned``; a relative folder is under the project's own.
+
+    Args:
+        repaired: put a linear repair, fitted on the calibration text, in place of what is dropped.
+    Raises:
+        ValueError: no folder is named, or nothing is dropped.
+        FileExistsError: the folder is not empty.
+    """
+    if not path.strip():
+        raise ValueError("name a folder to save the pruned model in")
+    loaded, drop, folder = ranking.loaded, choice.dropped, ROOT / Path(path.strip()).expanduser()
+    card = card_of(ranking, choice)
+    with loaded.alone():
+        report_step("saving", 0, None)
+        maps = repair(loaded.model, drop, loaded.calibration(ranking.settings)) if repaired else None
+        return save_pruned(remove(copy.deepcopy(loaded.model), drop, maps), folder, loaded.tokenizer, card)
+
+
+def exports() -> list[str]:
+    """The formats of the package's exporters, where they and their libraries are installed."""
+    package = __package__.rsplit(".", 1)[0]
+    if importlib.util.find_spec(f"{package}.export") is None:
+        return []
+    export = importlib.import_module(f"{package}.export")
+    return [name for name in ("gguf", "vllm", "mlx") if callable(getattr(export, name, None))]
+
+
+def export_to(name: str, ranking: Ranking, choice: Choice, path: str) -> Path:
+    """Write the model without the selection as a file of another runtime.
+
+    Raises:
+        ValueError: an unknown runtime, or no path.
+    """
+    if name not in exports():
+        raise ValueError(f"unknown runtime {name!r}: choose one of {', '.join(exports()) or 'none that is installed'}")
+    if not path.strip():
+        raise ValueError("name a file or folder to export the pruned model to")
+    writer = getattr(importlib.import_module("entrodrop_utils.export"), name)
+    loaded, target = ranking.loaded, ROOT / Path(path.strip()).expanduser()
+    with loaded.alone():
+        report_step(f"exporting to {name}", 0, None)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(writer(remove(copy.deepcopy(loaded.model), choice.dropped), target, loaded.tokenizer) or target)
