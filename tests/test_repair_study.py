@@ -7,7 +7,7 @@ from families import ids, tiny
 
 from entrodrop_utils import evaluation
 from entrodrop_utils.dropping import dropped
-from entrodrop_utils.repair import repair
+from entrodrop_utils.repairing import repair
 from entrodrop_utils.residual import SubBlock
 from entrodrop_utils.studies import repair_study as study
 from entrodrop_utils.studies.methods import RANDOM, Method

@@ -13,7 +13,7 @@ from ..dropping import Repair, dropped
 from ..evaluation import losses_by_set
 from ..figures import COLOURS, MARKERS, panels
 from ..layerwise import DropSet
-from ..repair import repair
+from ..repairing import repair
 from ..statistics import comparison, interval_text, mean_interval, paired_difference
 from ..text import mixture
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, losses_of
