@@ -51,7 +51,7 @@ def unfolded(model, drop_set, fitted, tokens) -> torch.Tensor:
     changed, inputs = changes(model, fitted), {}
     with dropping.dropped(model, drop_set), ExitStack() as stack:
         layers = decoder_layers(model)
-        for module, (slope, bias) in changed.items():
+        for module in changed:
 
             def keep(_, args, module=module):
                 inputs[module] = args[0]

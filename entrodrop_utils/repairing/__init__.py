@@ -5,6 +5,6 @@ the weights of an earlier branch, ``magnitude`` restores the size of the stream,
 """
 
 from .choice import rank_for_repair, single_costs
-from .fit import HOW, LOOPS, folds_by_set, repair
+from .fit import HOW, LOOPS, folds_by_set, maps_by_how, repair
 
-__all__ = ["HOW", "LOOPS", "folds_by_set", "rank_for_repair", "repair", "single_costs"]
+__all__ = ["HOW", "LOOPS", "folds_by_set", "maps_by_how", "rank_for_repair", "repair", "single_costs"]

@@ -81,18 +81,17 @@ def _add(sums: Sequence[Sums], number: int, x: Tensor, y: Tensor, settings: Bran
 
 @measuring
 def open_loop(
-    model: PreTrainedModel, drop_set: list[SubBlock], windows: Tensor, settings: BranchSettings
-) -> dict[SubBlock, BranchFit]:
-    """Every branch fitted to what it adds in the dense model, from one pass over the text."""
-    sums = {sub_block: (Sums(), Sums()) for sub_block in drop_set}
+    model: PreTrainedModel, drop_set: list[SubBlock], windows: Tensor, several: Sequence[BranchSettings]
+) -> list[dict[SubBlock, BranchFit]]:
+    """Every branch fitted to what it adds in the dense model, with each of these settings, from one pass over the text."""
+    sums = {(i, sub_block): (Sums(), Sums()) for i in range(len(several)) for sub_block in drop_set}
     with branch_inputs(model, drop_set) as inputs:
         for number, window in enumerate(progress(windows, "fitting the repair")):
             stream = states(model, window[None])
-            for sub_block in drop_set:
+            for (i, sub_block), parts in sums.items():
                 start, end = endpoints(sub_block)
-                target = stream[end] - stream[start]
-                _add(sums[sub_block], number, inputs[sub_block], target, settings, sub_block.kind)
-    return {sub_block: solved(sums[sub_block], settings.ridge) for sub_block in drop_set}
+                _add(parts, number, inputs[sub_block], stream[end] - stream[start], several[i], sub_block.kind)
+    return [{s: solved(sums[i, s], settings.ridge) for s in drop_set} for i, settings in enumerate(several)]
 
 
 @measuring

@@ -74,9 +74,9 @@ def repair(
     if not drop_set:
         return Repair({}, about, _table({}))
     if how in ONE_BRANCH:
-        gains = {kind: branch_gain(model, next(s for s in drop_set if s.kind == kind), how) for kind in {s.kind for s in drop_set}}
-        settings = BranchSettings(how, gains, FitSettings(tuple(penalties) if how == "linear" else (0.0,), rank))
-        fits = (open_loop if loop == "open" else closed_loop)(model, drop_set, windows, settings)
+        settings = _branch_settings(model, drop_set, how, penalties, rank)
+        closed = loop == "closed"
+        fits = closed_loop(model, drop_set, windows, settings) if closed else open_loop(model, drop_set, windows, [settings])[0]
         return Repair({s: _plain(fit.maps) for s, fit in fits.items()}, about, _table(fits))
     if how == "patch":
         return Repair({s: _plain(maps) for s, maps in patch_maps(model, drop_set, windows).items()}, about)
@@ -86,6 +86,31 @@ def repair(
         return _in_place(scaled_weights(model, drop_set, factors), drop_set, about, table)
     ((changed, fits),) = fold_repairs(model, [drop_set], windows, FitSettings(tuple(penalties)), loop)
     return _in_place(changed, drop_set, about, _table(fits))
+
+
+def _branch_settings(
+    model: PreTrainedModel, drop_set: list[SubBlock], how: str, penalties: Sequence[float] = PENALTIES, rank: int | None = None
+) -> BranchSettings:
+    gains = {kind: branch_gain(model, next(s for s in drop_set if s.kind == kind), how) for kind in {s.kind for s in drop_set}}
+    return BranchSettings(how, gains, FitSettings(tuple(penalties) if how == "linear" else (0.0,), rank))
+
+
+def maps_by_how(
+    model: PreTrainedModel, sub_blocks: Iterable[SubBlock], windows: Int[Tensor, "sequence token"], hows: Sequence[str] = ONE_BRANCH
+) -> dict[str, Repair]:
+    """``repair`` by ``constant`` and ``linear`` of many attention layers and MLPs from one pass over the text.
+
+    In open loop the map of a sub-block does not depend on what else is dropped, so that these repair every set of them, and they
+    may be more than a model can be without.
+    """
+    candidates = sorted(set(sub_blocks))
+    for how in hows:
+        _check(model, candidates, windows, how, "open", None)
+    fits = open_loop(model, candidates, windows, [_branch_settings(model, candidates, how) for how in hows])
+    return {
+        how: Repair({s: _plain(fit.maps) for s, fit in of.items()}, HOW[how], _table(of))
+        for how, of in zip(hows, fits, strict=True)
+    }
 
 
 def folds_by_set(
