@@ -1,4 +1,4 @@
-"""Repairs that change weights or patch the stream: against hooks that do the same unfolded, the papers' formulas, planted truths."""
+"""Repairs that change weights or patch the stream: against hooks that do the same unfolded, the papers, planted truths."""
 
 import copy
 from contextlib import ExitStack

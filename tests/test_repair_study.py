@@ -7,7 +7,7 @@ from families import ids, tiny
 
 from entrodrop_utils import evaluation
 from entrodrop_utils.dropping import dropped
-from entrodrop_utils.repairing import repair
+from entrodrop_utils.repairing import folds_by_set, maps_by_how, repair
 from entrodrop_utils.residual import SubBlock
 from entrodrop_utils.studies import repair_study as study
 from entrodrop_utils.studies.methods import RANDOM, Method
@@ -31,14 +31,39 @@ def measured():
     return model, repairs, choices, losses
 
 
-def test_the_repairs_of_many_sets_are_those_of_each(measured):
+def test_the_repairs_of_many_sub_blocks_are_those_of_each(measured):
     model, *_ = measured
-    fitted = study.fit_repairs(model, [SETS[0], SETS[1]], TEXT)
+    fitted = maps_by_how(model, [*SETS[0], *SETS[1]], TEXT)
     assert set(fitted) == set(study.HOWS)
-    alone = repair(model, SETS[1], TEXT, "linear")
-    for sub_block in SETS[1]:
-        for name, value in alone.maps[sub_block].items():
-            np.testing.assert_allclose(fitted["linear"].maps[sub_block][name], value, rtol=1e-4, atol=1e-5)
+    for how in study.HOWS:
+        alone = repair(model, SETS[1], TEXT, how)
+        for sub_block in SETS[1]:
+            for name, value in alone.maps[sub_block].items():
+                np.testing.assert_allclose(fitted[how].maps[sub_block][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_candidates_are_ranked_on_other_text_than_the_fit(measured):
+    model, *_ = measured
+    orders, repairs = study.rankings_by_cost(model, "attention", TEXT, HELD_OUT["code"], (0,))
+    assert {s.layer for s in orders[Method(study.SINGLE)]} == {1, 2, 3} == {s.layer for s in repairs["linear"].maps}
+    by_kl = study.rank_for_repair(model, list(repairs["linear"].maps), HELD_OUT["code"], repairs["linear"])
+    assert orders[Method(study.LEFT)] == by_kl
+
+
+def test_sets_with_repairs_of_their_own_are_evaluated_in_whole_passes(measured):
+    model, _, choices, losses = measured
+    folds = folds_by_set(model, [SETS[1]], TEXT)
+    folded = study.repaired_losses(model, HELD_OUT, choices.values(), {"fold": folds})
+    assert folded["fold", "docs"].keys() == {(), SETS[1]}
+    with dropped(model, SETS[1], repair(model, SETS[1], TEXT, "fold")):
+        expected = evaluation.perplexity(model, HELD_OUT["docs"]).per_window
+    np.testing.assert_allclose(folded["fold", "docs"][SETS[1]].nll, expected, rtol=1e-5)
+    table = study.repair_table(losses | folded, choices, "docs")
+    assert (table.repair == "fold").sum() == len(HELD_OUT)
+    gaps = study.gap_table(losses | folded, choices, COSINE)
+    assert "fold" not in gaps.columns
+    everywhere = np.concatenate([folded["fold", d][SETS[1]].nll - losses["none", d][()].nll for d in ("code", "english")])
+    assert study.increase_elsewhere(losses | folded, SETS[1], "fold", "docs").estimate == pytest.approx(everywhere.mean())
 
 
 def test_costs_are_those_of_one_model_after_another(measured):
@@ -86,8 +111,57 @@ def test_the_best_method_before_and_after(after, verdict):
     assert gaps.loc["attention", 2, "bucket"]["none"] == "0.50 [0.50, 0.50]"
 
 
-def test_parameters_of_each_repair(measured):
-    model, repairs, choices, _ = measured
-    table = study.parameter_table(model, choices, repairs)
-    sizes = table[["none", "constant", "linear"]].sub(table.none, axis=0) * 1e6
-    np.testing.assert_allclose(sizes, [[0, 2 * 32, 2 * (32 * 32 + 32 + 32)]] * 2, atol=1e-3)  # a linear map keeps the norm
+def test_costs_of_inference(measured):
+    """Parameters, products and keys and values of a Llama of 4 layers of width 32 with 2 of 4 heads, in closed form."""
+    model, repairs, *_ = measured
+    drop_set, tokens = SETS[0], 10
+    table = study.inference_costs(model, {name: (drop_set, fitted) for name, fitted in repairs.items()}, ids(1, tokens), rounds=2)
+    attention, mlp = 2 * 32 * 32 + 2 * 32 * 16, 3 * 32 * 48
+    parameters = {"dense": 4 * (attention + mlp + 64) + 32 + 2 * 96 * 32}
+    parameters["constant"] = parameters["dense"] - 2 * attention - 2 * 32 + 2 * 32  # the norm goes, the constant comes
+    parameters["linear"] = parameters["dense"] - 2 * attention + 2 * (32 * 32 + 32)
+    assert dict(zip(table.repair, table.parameters * 1e6, strict=True)) == pytest.approx(parameters)
+    flops = table.set_index("repair").mflop * 1e6
+    pairs = {
+        "dense": 4,
+        "constant": 2,
+        "linear": 2,
+    }  # layers with attention, each 4 * tokens * width per token for scores and values
+    products = {name: 2 * (n * attention + 4 * mlp + 96 * 32) + n * 4 * tokens * 32 for name, n in pairs.items()}
+    products["linear"] += 2 * 2 * 32 * 32
+    assert flops.to_dict() == pytest.approx(products, rel=1e-6)
+    assert table.kv_bytes.tolist() == [4 * 2 * 16 * 4, 2 * 2 * 16 * 4, 2 * 2 * 16 * 4]
+    assert table.latency[0] == 1
+
+
+def test_the_promise_is_counted_up_to_the_first_number_that_breaks_it(measured):
+    model, repairs, *_ = measured
+    order = [SubBlock(i, "attention") for i in (2, 0, 1)]
+    table = study.kept_by_count(model, order, [1, 2, 3], HELD_OUT, {"none": None, "linear": repairs["linear"]}, -np.inf)
+    assert table.holds.all() and (study.most_kept(table) == 3).all(axis=None)
+    with dropped(model, order[:2], repairs["linear"]):
+        pruned = evaluation.perplexity(model, HELD_OUT["code"]).per_window
+    kept = np.exp(evaluation.perplexity(model, HELD_OUT["code"]).per_window - pruned).mean()
+    row = table.query("repair == 'linear' and domain == 'code' and n_dropped == 2").iloc[0]
+    assert row.kept == pytest.approx(kept, rel=1e-4)
+    broken = table.assign(holds=[n != 2 for n in table.n_dropped])
+    assert (study.most_kept(broken) == 1).all(axis=None)
+
+
+def test_repetition(measured):
+    model, repairs, *_ = measured
+    assert study.repeated_share([1, 2, 3, 4, 5], 4) == 0
+    assert study.repeated_share([1, 2, 1, 2, 1, 2], 2) == pytest.approx(3 / 5)
+    table = study.repetition(model, ids(3, 6), {"linear": (SETS[0], repairs["linear"])}, n_new=8, gram=2)
+    assert table.variant.tolist() == ["dense", "linear"]
+    assert table.repeated.between(0, 1).all()
+
+
+def test_the_figures_are_drawn(measured):
+    model, repairs, choices, losses = measured
+    table = study.repair_table(losses, choices, "docs")
+    figure = study.repair_figure(table, "attention", 2, "A repair saves most of the loss.")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["the fitted domain", "other domains"]
+    costs = study.inference_costs(model, {"linear": (SETS[0], repairs["linear"])}, ids(1, 8), rounds=2)
+    costs[["elsewhere", "elsewhere_low", "elsewhere_high"]] = [(0.0, 0.0, 0.0), (0.3, 0.2, 0.4)]
+    assert study.budget_figure(costs, "A title.").axes

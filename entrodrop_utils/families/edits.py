@@ -52,8 +52,8 @@ class Edit:
 def _restore(owner: object, name: str) -> Callable[[], None]:
     """A function that gives an attribute the value that it has now, or removes it if it has none.
 
-    It writes where the value is kept (a module's tables of children and weights, or the instance's own attributes), as a property of
-    the class may have no deleter.
+    It writes where the value is kept (a module's tables of children and weights, or the instance's own attributes), as a property
+    of the class may have no deleter.
     """
     if isinstance(computed := getattr(type(owner), name, None), property):
         value = getattr(owner, name)

@@ -1,7 +1,7 @@
 """Repair: what a dropped sub-block added to the stream, predicted from calibration text.
 
-``repair`` is the entry point. ``branches`` puts a map of its own input in place of an attention layer or MLP, ``folds`` adds the map to
-the weights of an earlier branch, ``magnitude`` restores the size of the stream, and ``choice`` ranks by the cost that is left.
+``repair`` is the entry point. ``branches`` puts a map of its own input in place of an attention layer or MLP, ``folds`` adds a map
+to the weights of an earlier branch, ``magnitude`` restores the size of the stream, and ``choice`` ranks by the cost that is left.
 """
 
 from .choice import rank_for_repair, single_costs

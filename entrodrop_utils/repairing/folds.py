@@ -189,7 +189,7 @@ def _closed_folds(
         for place, sub_block in enumerate(progress(order, "fitting the repair one sub-block after another")):
             name, sums = names[carriers[sub_block]][0], (Sums(), Sums())
             gone = branches_of(order[: place + 1])
-            so_far = Repair(dict.fromkeys(gone, {}), changed=_folded(model, carriers, names, fits), drop_set=tuple(gone))
+            so_far = Repair({s: {} for s in gone}, changed=_folded(model, carriers, names, fits), drop_set=tuple(gone))
             with dropped(model, gone, so_far), _kept_inputs(model, [name]) as inputs:
                 for number, window in enumerate(windows):
                     reached = _stream_at(model, window[None], behind[sub_block])

@@ -1,7 +1,7 @@
 """The size of the stream behind what was dropped: one factor (Prune&Comp), or one per rotated channel (LinearPatch).
 
-Both papers compare mean absolute values of the stream at the two ends of what is dropped, averaged over calibration sequences. Their
-published code is the reference for what the papers leave open.
+Both papers compare mean absolute values of the stream at the two ends of what is dropped, averaged over calibration sequences.
+Their published code is the reference for what the papers leave open.
 """
 
 import torch
@@ -77,8 +77,8 @@ def runs(drop_set: list[SubBlock]) -> list[list[SubBlock]]:
 
 
 def patch_maps(model: PreTrainedModel, drop_set: list[SubBlock], windows: Tensor) -> dict[SubBlock, dict[str, Tensor]]:
-    """LinearPatch (arXiv 2505.24680): in place of every run of blocks the stream x becomes x H D H', with a Hadamard matrix H and the
-    ``magnitude_ratios`` of the rotated stream in D. The map of a run's first block is what that adds to the stream.
+    """LinearPatch (arXiv 2505.24680): in place of every run of blocks the stream x becomes x H D H', with a Hadamard matrix H and
+    the ``magnitude_ratios`` of the rotated stream in D. The map of a run's first block is what that adds to the stream.
 
     Raises:
         ValueError: no Hadamard matrix of the model's width is known.

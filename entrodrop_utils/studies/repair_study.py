@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def rankings_by_cost(
     model: PreTrainedModel,
     kind: str,
     fit: Int[Tensor, "sequence token"],
-    validation: Int[Tensor, "window token"],
+    validation: Int[Tensor, "window position"],
     protected: Sequence[int],
 ) -> tuple[dict[Method, list[SubBlock]], dict[str, Repair]]:
     """The candidates of a kind ranked by their true cost alone, bare and after linear repair; and the repairs of all of them.
@@ -155,8 +156,8 @@ def inference_costs(
             with dropped(model, drop_set, fitted) if drop_set else nullcontext():
                 if number == 0:
                     cache = model(ids, use_cache=True).past_key_values
-                    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-                    with FlopCounterMode(display=False) as counter:
+                    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]  # noqa: PD011
+                    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not counted
                         model(ids, use_cache=False)
                     size = sum(weight.numel() for weight in model.parameters()) / 1e6
                     per_token = (counter.get_total_flops() / 1e6 / ids.shape[1], sum(t.nbytes for t in kept) / ids.shape[1])
@@ -192,10 +193,11 @@ def kept_by_count(
 
 
 def most_kept(table: pd.DataFrame) -> pd.DataFrame:
-    """The largest number up to which the promise of ``kept_by_count`` holds at every number: a row per repair, a column per domain."""
-    holds = table.sort_values("n_dropped").groupby(["repair", "domain"], sort=False)
-    most = holds.apply(lambda rows: max([0, *rows.n_dropped[rows.holds.cummin().astype(bool)]]), include_groups=False)
-    return most.unstack("domain")
+    """The largest number up to which the promise of ``kept_by_count`` holds at every number: a row a repair, a column a domain."""
+    rows = table.sort_values("n_dropped")
+    unbroken = rows.groupby(["repair", "domain"], sort=False).holds.cummin()
+    rows = rows.assign(most=rows.n_dropped * unbroken)
+    return rows.pivot_table("most", "repair", "domain", aggfunc="max", sort=False)
 
 
 @measuring
@@ -242,9 +244,10 @@ def repair_figure(table: pd.DataFrame, kind: str, n: int, title: str) -> Figure:
         for values, line in zip(means.index, means.to_numpy(), strict=True):
             method = Method(*values)
             if method.rule == RANDOM:
-                axis.plot(REPAIRS, line, color=GREY, alpha=0.4, linewidth=0.7, label="_random")
+                axis.plot(range(len(REPAIRS)), line, color=GREY, alpha=0.4, linewidth=0.7, label="_random")
             else:
-                axis.plot(REPAIRS, line, color=LOOKS[method.metric], marker="o", markersize=4, label=method.label)
+                axis.plot(range(len(REPAIRS)), line, color=LOOKS[method.metric], marker="o", markersize=4, label=method.label)
+        axis.set_xticks(range(len(REPAIRS)), REPAIRS)
         axis.set_ylim(0, 1.05 * rows[rows.rule != RANDOM].increase.max())
         axis.set_title(name, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
@@ -281,6 +284,12 @@ def gap_everywhere(losses: Losses, drop_set: DropSet, reference: DropSet, name: 
     """How much more a set costs than a reference with the same repair, over the windows of all domains."""
     gaps = [by_set[drop_set].nll.to_numpy() - by_set[reference].nll.to_numpy() for (of, _), by_set in losses.items() if of == name]
     return mean_interval(np.concatenate(gaps))
+
+
+def increase_table(losses: Losses, drop_set: DropSet) -> pd.DataFrame:
+    """The loss increase of a set by what the repair was fitted on, the names of the losses: fitted_on, domain, increase, low, high."""
+    rows = [(name, domain, *mean_interval(_increase(losses, drop_set, name, domain))) for name, domain in losses]
+    return pd.DataFrame(rows, columns=["fitted_on", "domain", "increase", "low", "high"])
 
 
 def _increase(losses: Losses, drop_set: DropSet, name: str, domain: str) -> np.ndarray:
