@@ -24,13 +24,11 @@ def _saved_at_home(losses: Losses, drop_set: DropSet, repaired: str, fitted_on: 
 
 def saved_sentence(losses: Losses, drop_set: DropSet, fitted_on: str, depth: int) -> str:
     """The title of the figure of methods: what a linear repair of one set saves in its domain and elsewhere."""
-    home, away = (
-        _saved_at_home(losses, drop_set, "linear", fitted_on),
-        mean_interval(saved_elsewhere(losses, drop_set, "linear", fitted_on)),
-    )
+    home = _saved_at_home(losses, drop_set, "linear", fitted_on)
+    away = mean_interval(saved_elsewhere(losses, drop_set, "linear", fitted_on))
     return (
-        f"Without {len(drop_set)} of {depth} {KIND_NAMES[drop_set[0].kind]}, a linear repair saves {home.estimate:.2f} nats per token "
-        f"on the text that it was fitted on and {away.estimate:.2f} on others."
+        f"Without {len(drop_set)} of {depth} {KIND_NAMES[drop_set[0].kind]}, a linear repair saves {home.estimate:.2f} nats per "
+        f"token on the text that it was fitted on and {away.estimate:.2f} on others."
     )
 
 
@@ -40,18 +38,16 @@ def budget_sentence(costs: pd.DataFrame) -> str:
     free = rows.loc[[name for name in ZERO_COST if name in rows.index]].elsewhere
     share = rows.mflop / rows.mflop.iloc[0]
     return (
-        f"Elsewhere the {free.idxmin()}, which costs nothing to run, leaves {free.min():.2f} of {rows.elsewhere[NONE]:.2f} nats; the "
-        f"linear map leaves {rows.elsewhere['linear']:.2f} and takes {share['linear'] - share[NONE]:.1%} of the operations."
+        f"Elsewhere the {free.idxmin()}, which costs nothing to run, leaves {free.min():.2f} of {rows.elsewhere[NONE]:.2f} nats; "
+        f"the linear map leaves {rows.elsewhere['linear']:.2f} and takes {share['linear'] - share[NONE]:.1%} of the operations."
     )
 
 
 def repair_finding(losses: Losses, choices: Mapping[Choice, DropSet], reference: Method, fitted_on: str, depth: int) -> str:
     """The finding of the notebook, with one interval."""
     (kind, n), drop_set = next(((kind, n), s) for (kind, m, n), s in choices.items() if m == reference)
-    home, away = (
-        _saved_at_home(losses, drop_set, "linear", fitted_on),
-        mean_interval(saved_elsewhere(losses, drop_set, "linear", fitted_on)),
-    )
+    home = _saved_at_home(losses, drop_set, "linear", fitted_on)
+    away = mean_interval(saved_elsewhere(losses, drop_set, "linear", fitted_on))
     left = increase_elsewhere(losses, drop_set, "linear", fitted_on)
     return (
         f"Without {n} of {depth} {KIND_NAMES[kind]} by {reference.metric}, a linear repair saves {home.estimate:.2f} nats on "
@@ -108,7 +104,7 @@ def _best_answer(losses: Losses, sets: Mapping[Method, DropSet]) -> str:
     gap = gap_everywhere(losses, sets[before], sets[after], "linear")
     verdict = comparison(gap.low, gap.high, "repair changes which is best", "the old one is better")
     return (
-        f"Best method over all domains: {before.label} bare, {after.label} after linear repair, where it saves {gap:.2f} nats more: "
+        f"Best method over all domains: {before.label} bare, {after.label} after linear repair, where it saves {gap:.2f} nats: "
         f"{verdict}."
     )
 
@@ -117,13 +113,13 @@ def _rule_answers(losses: Losses, sets: Mapping[Method, DropSet], reference: Met
     for rival in (Method(SINGLE), reference):
         gap = gap_everywhere(losses, sets[Method(LEFT)], sets[rival], "linear")
         verdict = comparison(-gap.high, -gap.low, "the rule for repair is better", "it is worse")
-        yield f"Choosing for repair: ranked by what is left, the repaired model costs {gap:.2f} nats more than by {rival.label}: {verdict}."
+        yield f"Choosing for repair: by what is left, repaired models cost {gap:.2f} nats more than by {rival.label}: {verdict}."
     for name in sets:
         if name.metric in ("bucket", "knn"):
             bare, repaired = (gap_everywhere(losses, sets[name], sets[reference], how) for how in (NONE, "linear"))
             verdict = comparison(repaired.low, repaired.high, "it does not catch up", "it overtakes")
             yield (
-                f"Entropy: the choice by {name.label} costs {bare:.2f} nats more than by {reference.metric} bare and {repaired:.2f} "
+                f"Entropy: the choice by {name.label} costs {bare:.2f} nats more than by {reference.metric} bare, {repaired:.2f} "
                 f"after linear repair: {verdict}."
             )
 

@@ -287,7 +287,7 @@ def gap_everywhere(losses: Losses, drop_set: DropSet, reference: DropSet, name: 
 
 
 def increase_table(losses: Losses, drop_set: DropSet) -> pd.DataFrame:
-    """The loss increase of a set by what the repair was fitted on, the names of the losses: fitted_on, domain, increase, low, high."""
+    """The loss increase of a set by what its repair was fitted on: fitted_on (names of the losses), domain, increase, low, high."""
     rows = [(name, domain, *mean_interval(_increase(losses, drop_set, name, domain))) for name, domain in losses]
     return pd.DataFrame(rows, columns=["fitted_on", "domain", "increase", "low", "high"])
 
