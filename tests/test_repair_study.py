@@ -9,6 +9,7 @@ from entrodrop_utils import evaluation
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.repairing import folds_by_set, maps_by_how, repair
 from entrodrop_utils.residual import SubBlock
+from entrodrop_utils.studies import repair_answers as answered
 from entrodrop_utils.studies import repair_study as study
 from entrodrop_utils.studies.methods import RANDOM, Method
 
@@ -54,7 +55,7 @@ def test_sets_with_repairs_of_their_own_are_evaluated_in_whole_passes(measured):
     model, _, choices, losses = measured
     folds = folds_by_set(model, [SETS[1]], TEXT)
     folded = study.repaired_losses(model, HELD_OUT, choices.values(), {"fold": folds})
-    assert folded["fold", "docs"].keys() == {(), SETS[1]}
+    assert folded["fold", "docs"].keys() == {SETS[1]}
     with dropped(model, SETS[1], repair(model, SETS[1], TEXT, "fold")):
         expected = evaluation.perplexity(model, HELD_OUT["docs"]).per_window
     np.testing.assert_allclose(folded["fold", "docs"][SETS[1]].nll, expected, rtol=1e-5)
@@ -137,7 +138,9 @@ def test_costs_of_inference(measured):
 def test_the_promise_is_counted_up_to_the_first_number_that_breaks_it(measured):
     model, repairs, *_ = measured
     order = [SubBlock(i, "attention") for i in (2, 0, 1)]
-    table = study.kept_by_count(model, order, [1, 2, 3], HELD_OUT, {"none": None, "linear": repairs["linear"]}, -np.inf)
+    names = {"none": None, "linear": repairs["linear"]}
+    losses = study.repaired_losses(model, HELD_OUT, [tuple(sorted(order[:n])) for n in (1, 2, 3)], names)
+    table = study.kept_by_count(losses, order, [1, 2, 3], list(names), -np.inf)
     assert table.holds.all() and (study.most_kept(table) == 3).all(axis=None)
     with dropped(model, order[:2], repairs["linear"]):
         pruned = evaluation.perplexity(model, HELD_OUT["code"]).per_window
@@ -165,3 +168,40 @@ def test_the_figures_are_drawn(measured):
     costs = study.inference_costs(model, {"linear": (SETS[0], repairs["linear"])}, ids(1, 8), rounds=2)
     costs[["elsewhere", "elsewhere_low", "elsewhere_high"]] = [(0.0, 0.0, 0.0), (0.3, 0.2, 0.4)]
     assert study.budget_figure(costs, "A title.").axes
+
+
+def test_the_answers_of_the_notebook(measured):
+    """Every question is answered, with the intervals of the tables."""
+    model, repairs, *_ = measured
+    orders = {
+        m: [SubBlock(i, "attention") for i in layers]
+        for m, layers in (
+            (BUCKET, (0, 2, 1)),
+            (COSINE, (1, 2, 0)),
+            (Method(study.SINGLE), (2, 1, 0)),
+            (Method(study.LEFT), (0, 1, 2)),
+        )
+    }
+    choices = answered.choices_of(orders, "attention", 2)
+    drop_set = choices["attention", COSINE, 2]
+    every = {"none": None, **repairs, "fold": folds_by_set(model, [drop_set], TEXT)}
+    sets = [*choices.values(), tuple(sorted(orders[Method(study.LEFT)][:1]))]
+    losses = study.repaired_losses(model, HELD_OUT, sets, every)
+    variants = {name: (drop_set, of[drop_set] if name == "fold" else of) for name, of in every.items()}
+    costs = answered.costs_elsewhere(study.inference_costs(model, variants, ids(1, 8), rounds=2), losses, drop_set, "docs")
+    kept = study.kept_by_count(losses, orders[Method(study.LEFT)], [1, 2], ["none", "linear"], 0.95)
+    texts = study.increase_table(
+        {("docs+code", d): losses["linear", d] for d in HELD_OUT} | {("none", d): losses["none", d] for d in HELD_OUT}, drop_set
+    )
+    repeated = study.repetition(model, ids(2, 6), {}, n_new=6)
+    lines = answered.answers(losses, choices, COSINE, "docs", texts, kept, repeated, costs)
+    starts = ["Cost", "Best method", "Choosing", "Choosing", "Entropy", "Text", "Promise", "Promise", "Repetition"]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * len(starts)
+    left = study.increase_elsewhere(losses, drop_set, "fold", "docs")
+    assert f"fold {left:.2f} at" in lines[0]
+    gap = study.gap_everywhere(losses, choices["attention", BUCKET, 2], drop_set, "linear")
+    assert f"bare, {gap:.2f} after linear repair" in lines[4]
+    finding = answered.repair_finding(losses, choices, COSINE, "docs", 4)
+    assert finding.startswith("Without 2 of 4 attention layers by cosine, a linear repair saves") and len(finding.split()) <= 30
+    assert "saves" in answered.saved_sentence(losses, drop_set, "docs", 4)
+    assert "the linear map leaves" in answered.budget_sentence(costs)

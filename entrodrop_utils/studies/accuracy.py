@@ -22,8 +22,8 @@ from ..repairing import maps_by_how
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
 from ..statistics import Interval, comparison, ends, interval_text
-from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks import task_scores_by_set
+from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
 from .methods import KIND_NAMES, RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
 

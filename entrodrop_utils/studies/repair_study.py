@@ -71,15 +71,15 @@ def repaired_losses(
     for name, fitted in repairs.items():
         for domain, windows in texts.items():
             if isinstance(fitted, Mapping):
-                losses[name, domain] = {of: _whole_losses(model, windows, of, own) for of, own in {(): None, **fitted}.items()}
+                losses[name, domain] = {of: _whole_losses(model, windows, of, own) for of, own in fitted.items()}
             else:
                 losses[name, domain] = losses_of(losses_by_set(model, windows, sets, fitted))
     return losses
 
 
-def _whole_losses(model: PreTrainedModel, windows: Tensor, drop_set: DropSet, fitted: Repair | None) -> pd.DataFrame:
+def _whole_losses(model: PreTrainedModel, windows: Tensor, drop_set: DropSet, fitted: Repair) -> pd.DataFrame:
     """The loss of every window from whole passes."""
-    with dropped(model, drop_set, fitted) if drop_set else nullcontext():
+    with dropped(model, drop_set, fitted):
         return pd.DataFrame({"nll": perplexity(model, windows).per_window})
 
 
@@ -97,7 +97,7 @@ def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: s
                 continue
             nll, bare, dense = (
                 table[chosen].nll.to_numpy()
-                for table, chosen in ((by_set, drop_set), (losses[NONE, domain], drop_set), (by_set, ()))
+                for table, chosen in ((by_set, drop_set), (losses[NONE, domain], drop_set), (losses[NONE, domain], ()))
             )
             costs = (*paired_difference(nll, dense, seed), *paired_difference(bare, nll, seed))
             rows.append((fitted_on, domain, domain in mixture(fitted_on), name, kind, *method, n, nll.mean(), *costs))
@@ -138,7 +138,7 @@ def saved_elsewhere(losses: Losses, drop_set: DropSet, repaired: str, fitted_on:
 
 @measuring
 def inference_costs(
-    model: PreTrainedModel, variants: Mapping[str, tuple[DropSet, Repair | None]], ids: Int[Tensor, "1 token"], rounds: int = 5
+    model: PreTrainedModel, variants: Mapping[str, tuple[DropSet, Repair | None]], ids: Int[Tensor, "1 token"], rounds: int = 3
 ) -> pd.DataFrame:
     """What each variant costs to run, beside the dense model, which is added as the first row.
 
@@ -171,23 +171,17 @@ def inference_costs(
 
 
 def kept_by_count(
-    model: PreTrainedModel,
-    order: Sequence[SubBlock],
-    counts: Sequence[int],
-    texts: Mapping[str, Tensor],
-    repairs: Mapping[str, Repair | None],
-    promised: float,
+    losses: Losses, order: Sequence[SubBlock], counts: Sequence[int], names: Sequence[str], promised: float
 ) -> pd.DataFrame:
-    """The share of the likelihood per token that is kept without the first sub-blocks of an order.
+    """The share of the likelihood per token that is kept without the first sub-blocks of an order, bare or with these repairs.
 
     Returns:
         repair, domain, n_dropped, kept, low, high, holds (whether the interval exceeds the promise).
     """
-    sets = {n: tuple(sorted(order[:n])) for n in counts}
     rows = []
-    for (name, domain), by_set in repaired_losses(model, texts, sets.values(), repairs).items():
-        for n, drop_set in sets.items():
-            kept = mean_interval(np.exp(by_set[()].nll.to_numpy() - by_set[drop_set].nll.to_numpy()))
+    for name, domain in (key for key in losses if key[0] in names):
+        for n in counts:
+            kept = mean_interval(np.exp(-_increase(losses, tuple(sorted(order[:n])), name, domain)))
             rows.append((name, domain, n, *kept, bool(kept.low > promised)))
     return pd.DataFrame(rows, columns=["repair", "domain", "n_dropped", "kept", "low", "high", "holds"])
 
