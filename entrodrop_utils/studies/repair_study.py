@@ -257,11 +257,15 @@ def budget_figure(table: pd.DataFrame, title: str) -> Figure:
         table: repair, mflop, elsewhere, elsewhere_low, elsewhere_high (nats per token); the dense model first.
     """
     figure, (axis,) = headed_panels(title, 1, 3.0)
-    share = table.mflop / table.mflop.iloc[0]
+    table = table.sort_values("elsewhere")
+    share, sides = table.mflop / table.mflop[table.repair == "dense"].item(), {}
     for x, row in zip(share, table.itertuples(), strict=True):
         errors = [[row.elsewhere - row.elsewhere_low], [row.elsewhere_high - row.elsewhere]]
         axis.errorbar(x, row.elsewhere, errors, fmt="o", color=GREY if row.repair in ("dense", NONE) else "#0072B2", capsize=2)
-        axis.annotate(row.repair, (x, row.elsewhere), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        sides[round(x, 4)] = side = -sides.get(round(x, 4), -1)  # labels of points above each other alternate
+        look = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 8}
+        axis.annotate(row.repair, (x, row.elsewhere), xytext=(7 * side, 0), textcoords="offset points", **look)
+    axis.margins(x=0.15)
     axis.set_xlabel("operations per token, share of the dense model's")
     axis.set_ylabel("loss increase (nats per token)")
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
