@@ -5,6 +5,9 @@ TEXT  ?= docs
 SEED  ?= 0
 ONLY  ?=
 SET   ?=
+SWEEP ?= notebooks/sizes/sweep.toml
+JOBS  ?= 1
+SCHEDULER ?=
 PY    := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
@@ -12,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce models fetch test test-all test-browser lint bench lab html lock clean clean-cache
+.PHONY: help env reproduce models fetch test test-all test-browser lint sweep bench lab html lock clean clean-cache
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +59,10 @@ lint: env ## style, direction of imports, and whether the committed notebooks re
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-logo
 	$(PY) -m entrodrop_utils.runner --check
+
+sweep: env ## many runs on JOBS workers, or on a dask cluster: SWEEP=file.toml JOBS=2 SCHEDULER=address-or-file
+	@$(PY) -c 'import distributed' 2>/dev/null || $(PY) -m pip install --quiet --progress-bar off "distributed>=2025.1"
+	@$(PY) -m entrodrop_utils.runner.sweep "$(SWEEP)" --jobs "$(JOBS)" --scheduler "$(SCHEDULER)"
 
 bench: env ## speed of the estimators as ratios measured side by side
 	$(PY) tests/bench.py

@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..claims import ledger, summary, value_text
 from ..files import write_text
-from ..paths import FIGURES, PACKAGE, RESULTS, ROOT
+from ..paths import FIGURES, NOTEBOOKS, PACKAGE, RESULTS, ROOT
 from ..profile import DEFAULT_MODEL, Profile
 from .checks import NAVIGATION, available, finding, opening, opening_picture, title
 
@@ -34,8 +34,9 @@ def update_index() -> None:
             notebooks[path].cells[0].source = opening(notebooks[path].cells[0].source, finding(notebooks[path]), shown)
         write_notebook(notebooks[path], path)
     readme = ROOT / "README.md"
-    rows = [(f"[{titles[path]}](notebooks/{path.name})", finding(notebook)) for path, notebook in notebooks.items()]
-    put(readme, "notebooks", markdown_table(["notebook", "answer"], rows))
+    put(readme, "notebooks", "\n".join(f"- [{titles[path]}](notebooks/{path.name})" for path in notebooks))
+    rows = [(f"[{titles[path]}]({path.name})", finding(notebook)) for path, notebook in notebooks.items()]
+    put(NOTEBOOKS / "README.md", "answers", markdown_table(["notebook", "answer"], rows))
     put(readme, "headline", "\n".join(f"- {finding(notebook)}" for path, notebook in notebooks.items() if path.stem in HEADLINE))
     if ledgers := committed_ledgers():
         put(readme, "summary", summary_text(ledgers))
