@@ -57,4 +57,4 @@ def test_repaired_choices_are_rows_of_their_own(table, monkeypatch):
     assert set(new.metric) == {"cosine, repaired"} and set(new.n_dropped) == {2}
     assert new.value["a"] == 0.5
     assert new.retention["mean"] == pytest.approx(0.5 / 0.75)
-    assert whole.iloc[: len(table)][table.columns].equals(table)
+    assert whole.value[: len(table)].tolist() == table.value.tolist()
