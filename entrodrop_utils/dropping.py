@@ -100,7 +100,7 @@ def apply_drop(model: PreTrainedModel, drop_set: list[SubBlock], repair: Repair 
     """
     if repair is not None:
         repair.check(drop_set)
-    for kind in dict.fromkeys(kind for _, kind in drop_set):
+    for kind in dict.fromkeys(kind for _, kind in as_branches(drop_set, repair)):
         _verify_edit(model, kind)
     return _edit(model, drop_set, repair)
 
