@@ -46,7 +46,7 @@ fetch: env ## bring MODEL=... here and check its hashes
 	@$(PY) -m entrodrop_utils.models fetch "$(MODEL)"
 
 test: env ## the tests, without the slow ones
-	$(PY) -m pytest -m "not slow and not browser"
+	$(PY) -m pytest -m "not slow and not browser" -n auto --maxprocesses 4 --dist worksteal
 
 test-all: env ## all tests
 	$(PY) -m pytest
