@@ -607,3 +607,22 @@ def test_counts_follow_the_depth(total, counts):
 def test_committed_notebooks_are_fit_to_be_read():
     for path in checks.available():
         assert checks.problems(nbformat.read(path, 4)) == [], path.name
+
+
+def test_a_first_cell_shows_question_finding_and_picture_before_the_rest():
+    source = "# 01 · Title\n\nDoes it\nhold?\n\nThe method.\n\n> **Finding:** old"
+    once = checks.opening(source, "it does", "![a](a.png)\n*a*")
+    assert once == "# 01 · Title\n\nDoes it\nhold?\n\n> **Finding:** it does\n\n![a](a.png)\n*a*\n\nThe method."
+    assert checks.opening(once, "it does not") == source.replace(
+        "\n\nThe method.\n\n> **Finding:** old", "\n\n> **Finding:** it does not\n\nThe method."
+    )
+
+
+def test_the_picture_of_a_notebook_is_its_first_or_the_tagged_one():
+    image = nbformat.v4.new_output("display_data", {"image/png": ""}, metadata={"image/png": {"alt": "What it shows."}})
+    cells = [nbformat.v4.new_code_cell(f'show_figure(draw(), profile, "{name}", caption)', outputs=[image]) for name in "ab"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("def show_figure(): ..."), *cells])
+    assert checks.opening_picture(book) == ("a", "What it shows.")
+    cells[1].metadata.tags = ["opening"]
+    assert checks.opening_picture(book) == ("b", "What it shows.")
+    assert checks.opening_picture(nbformat.v4.new_notebook()) == ("", "")
