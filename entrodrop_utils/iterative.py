@@ -22,7 +22,7 @@ from .progress import progress
 from .residual import SubBlock, find
 from .scoring import Metric, is_entropy, resolve
 from .selection import PUBLISHED_PROTECTED, protected_layers, scores_by_layer
-from .statistics import mean_ends
+from .statistics import CONFIDENCE, Interval, mean_ends
 
 
 @measuring
@@ -98,7 +98,8 @@ def prune_until(
         if number:  # step 0 is the dense model
             step, dense = steps[number], steps[0]
             chosen.append(SubBlock(step["layer"], step.get("kind", kind)))
-            share, low = _share(np.array(step["values"]), np.array(dense["values"]), by_loss, confidence)
+            # The lower end of this interval is the one-sided bound, which lies above the share where confidence is below one half
+            share, low, _ = share_interval_of(np.array(step["values"]), np.array(dense["values"]), by_loss, 2 * confidence - 1)
             spent = [sum(s[unit] for s in steps[: number + 1]) for unit in ("passes", "tokens")]
             rows.append((number, *chosen[-1], step["score"], share, low, *spent))
             if not share >= retention:  # also where a loss is not a number
@@ -108,28 +109,29 @@ def prune_until(
     return chosen[:n], table.assign(chosen=table.step <= n)
 
 
-def _share(
-    pruned: Float[np.ndarray, "unit"], dense: Float[np.ndarray, "unit"], by_loss: bool, confidence: float
-) -> tuple[float, float]:
-    """The share of the dense model's performance that is left, and its one-sided lower bound.
+def share_interval_of(
+    pruned: Float[np.ndarray, "unit"], dense: Float[np.ndarray, "unit"], by_loss: bool, confidence: float = CONFIDENCE
+) -> Interval:
+    """The share of the dense model's performance that is left, with its interval over windows or items, by Student's t.
 
-    A ratio of means has Fieller's bound: the largest share r for which the mean of pruned - r x dense is not shown to be below zero.
+    Args:
+        pruned: losses if ``by_loss``, else accuracies; ``dense`` are those of the dense model on the same units.
+    Returns:
+        exp of the mean loss difference; or a ratio of means with Fieller's interval: every share r for which the mean of
+        pruned - r x dense is not shown to differ from zero.
     """
-    two_sided = 2 * confidence - 1  # the lower end of this interval is the one-sided bound; below 0 where it lies above the mean
     if by_loss:
-        difference = dense - pruned
-        return float(np.exp(difference.mean())), float(np.exp(_low(difference, two_sided)))
+        ends = mean_ends(dense - pruned, confidence)
+        return Interval(float(np.exp((dense - pruned).mean())), *(float(np.exp(end)) for end in ends))
     if not dense.mean() > 0:
-        return 0.0, 0.0
+        return Interval(0.0, 0.0, 0.0)
     share = float(pruned.mean() / dense.mean())
-    shortfall = lambda r: _low(pruned - r * dense, two_sided)  # noqa: E731
-    if shortfall(0.0) <= 0:
-        return share, 0.0
-    return share, float(brentq(shortfall, 0.0, share)) if shortfall(share) < 0 else share
-
-
-def _low(values: Float[np.ndarray, "unit"], two_sided: float) -> float:
-    return float(mean_ends(values, two_sided)[0])
+    lower, upper = (lambda r, end=end: float(mean_ends(pruned - r * dense, confidence)[end]) for end in (0, 1))
+    # Both fall with r: the lower end from 0 to the share, the upper end beyond it
+    low = 0.0 if lower(0.0) <= 0 else share if lower(share) > -1e-12 else float(brentq(lower, 0.0, share))
+    beyond = 2 * share + 2
+    high = np.inf if upper(beyond) > 0 else share if upper(share) < 1e-12 else float(brentq(upper, share, beyond))
+    return Interval(share, low, high)
 
 
 def _next(model: PreTrainedModel, order: list[SubBlock], number: int, measure: Callable) -> dict | None:

@@ -238,10 +238,10 @@ def test_taylor_sums_weight_times_gradient(big, text):
     ranking = search.taylor(big, text, kinds="mlp", protected=(0,))
     loss = sum(torch.nn.functional.cross_entropy(big(w[None]).logits[0, :-1], w[1:]) for w in text)
     loss.backward()
-    scores = {
-        SubBlock(i, "mlp"): sum(float((w.detach() * w.grad).abs().sum()) for m in (layer.mlp, layer.post_attention_layernorm) for w in m.parameters())
-        for i, layer in enumerate(big.model.layers)
-    }  # fmt: skip
+    scores = {}
+    for i, layer in enumerate(big.model.layers):
+        weights = [*layer.mlp.parameters(), *layer.post_attention_layernorm.parameters()]
+        scores[SubBlock(i, "mlp")] = sum(float((w.detach() * w.grad).abs().sum()) for w in weights)
     big.zero_grad(set_to_none=True)
     assert ranking.order == [*sorted((s for s in scores if s.layer), key=scores.get), SubBlock(0, "mlp")]
     assert ranking.passes == 3 * len(text)

@@ -1,4 +1,4 @@
-"""What every search method shares: true costs of sets on calibration text, counted in forward passes, and the ranking it returns."""
+"""What every search method shares: costs of sets on calibration text, counted in forward passes, and the ranking it returns."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -111,7 +111,7 @@ class SetCosts:
         check_tokens(model, windows)
         self.model, self.windows, self.measure, self.n_layers = model, windows, measure, len(decoder_layers(model))
         self.passes = float(len(windows))  # the dense model, with which all are compared
-        self.costs: dict[DropSet, Float[np.ndarray, "window"]] = {}
+        self.costs: dict[DropSet, np.ndarray] = {}
         self.key = cache.model_key(model, "evaluation")
 
     @property

@@ -26,7 +26,7 @@ def by_score(
     metric: str | Mapping[str, Metric] = "cosine",
     rescored: bool = False,
 ) -> Ranking:
-    """The sub-blocks with the smallest score: cosine is LLM-Drop (arXiv 2406.15786) and ShortGPT (2403.03853), an entropy EntroDrop.
+    """The sub-blocks with the smallest score: cosine as in LLM-Drop (arXiv 2406.15786), an entropy increase as in EntroDrop.
 
     Args:
         metric: a registered name, or a mapping with one metric.

@@ -1,5 +1,6 @@
 """Searches for a set of one size: all sets, random sets, the mutations of EvoPress, and pairs as ground truth."""
 
+from collections.abc import Iterable
 from itertools import combinations
 
 import numpy as np
@@ -29,7 +30,11 @@ def exhaustive(model: PreTrainedModel, windows: Int[Tensor, "window token"], n: 
 
 
 def random_draw(
-    model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int | None = None, kinds: Kinds = "attention", seed: int = 0
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    n: int | None = None,
+    kinds: Kinds = "attention",
+    seed: int | list[int] = 0,
 ) -> Ranking:
     """A random order, which costs nothing."""
     return Ranking(take(model, random_order(candidates(model, kinds), seed), n), 0.0, 0.0)
@@ -86,14 +91,21 @@ def evopress(
     return Ranking(list(parent), spent(), sum(stage.tokens for stage in stages))
 
 
-def interactions(model: PreTrainedModel, windows: Int[Tensor, "window token"], kinds: Kinds = "attention") -> pd.DataFrame:
+def interactions(
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    kinds: Kinds = "attention",
+    among: Iterable[SubBlock] | None = None,
+) -> pd.DataFrame:
     """The true cost of every single drop and every pair: KL(dense || pruned), nats per token.
 
+    Args:
+        among: the sub-blocks to pair; None for all candidates of the kinds.
     Returns:
         first, second (sub-blocks; equal for a single drop), cost, interaction (cost of the pair minus that of its two single drops;
         0 for a single drop). Pairs that cannot be dropped together are left out.
     """
-    costs, possible = SetCosts(model, windows), candidates(model, kinds)
+    costs, possible = SetCosts(model, windows), candidates(model, kinds) if among is None else sorted(among)
     pairs = [pair for pair in combinations(possible, 2) if fits(model, pair)]
     values = costs.mean([*((s,) for s in possible), *pairs])
     single = dict(zip(possible, values, strict=False))

@@ -12,7 +12,11 @@ SHORTENED_PROTECTED = (0, 1, 2, 3, -2, -1)  # blocks that Shortened LLaMA never 
 
 
 def single_drops(
-    model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int | None = None, kinds: Kinds = "attention", measure: str = "kl"
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    n: int | None = None,
+    kinds: Kinds = "attention",
+    measure: str = "kl",
 ) -> Ranking:
     """The sub-blocks whose drop alone costs least; nothing is measured again after a drop.
 
@@ -34,7 +38,11 @@ def single_drops(
 
 
 def greedy(
-    model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int | None = None, kinds: Kinds = "attention", measure: str = "kl"
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    n: int | None = None,
+    kinds: Kinds = "attention",
+    measure: str = "kl",
 ) -> Ranking:
     """Drop what costs least, measure every remaining sub-block anew, and repeat.
 
@@ -65,8 +73,8 @@ def lazy_greedy(
     2. measures their m_j for the present S,
     3. drops the smallest.
 
-    Where m_j only grows with S (a supermodular cost), the kept value is a lower bound, and Minoux (1978) proves that measuring until
-    the smallest is fresh gives greedy's choice. The cost is nearly so, so few measurements a step suffice.
+    Where m_j only grows with S (a supermodular cost), the kept value is a lower bound, and measuring until the smallest is fresh
+    gives greedy's choice (Minoux, 1978). The cost is nearly so, so few measurements a step suffice.
 
     Args:
         shortlist: how many are measured in a step; None for all of them, which is ``greedy``.

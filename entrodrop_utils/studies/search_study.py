@@ -6,46 +6,45 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.stats import kendalltau
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import search
+from ..claims import HELD_OUT, claim
 from ..evaluation import losses_by_set
+from ..figures import COLOURS, GREY, headed_panels
 from ..progress import progress
 from ..residual import SubBlock
 from ..scoring import Metric
 from ..search import Ranking
-from ..statistics import Interval, mean_interval, paired_difference
-from .methods import layers_text, losses_of
+from ..statistics import Interval, half_sampling, mean_interval, paired_difference
+from .methods import KIND_NAMES, layers_text, losses_of
 
 Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], Ranking]
 OURS, GREEDY, EVOLUTION, RANDOM_DRAW = "lazy greedy", "greedy", "EvoPress", "random"
+POINT_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 
 
-def search_methods(metrics: Mapping[str, Metric], draws: int = 0) -> dict[str, Search]:
-    """Name -> a function of model, windows, number and kind.
+def scores_of(metrics: Mapping[str, Metric]) -> dict[str, Search]:
+    """Name -> the search by a score of one forward pass; mutual information as in MI-PRUN (arXiv 2601.07212), by our reading."""
+    return {name: partial(search.by_score, metric={name: f}) for name, f in {**metrics, **search.INFORMATION}.items()}
 
-    Args:
-        metrics: scores of one forward pass, entropies and similarities.
-        draws: of random orders.
-    """
-    scored = {name: partial(search.by_score, metric={name: metric}) for name, metric in metrics.items()}
-    information = {name: partial(search.by_score, metric={name: f}) for name, f in search.INFORMATION.items()}
-    return {
-        **scored,
-        **information,
-        "Fisher": search.fisher,
-        "CBO": search.cbo,
-        "single drops": search.single_drops,
-        "single drops, loss": partial(search.single_drops, measure="nll"),
-        OURS: search.lazy_greedy,
-        GREEDY: search.greedy,
-        "greedy, loss": partial(search.greedy, measure="nll"),
-        EVOLUTION: search.evopress,
-        **{f"{RANDOM_DRAW} {draw}": partial(search.random_draw, seed=draw) for draw in range(draws)},
-    }
+
+SEARCHES: dict[str, Search] = {
+    "Fisher": search.fisher,
+    "CBO": search.cbo,
+    "single drops": search.single_drops,
+    "single drops, loss": partial(search.single_drops, measure="nll"),
+    OURS: search.lazy_greedy,
+    GREEDY: search.greedy,
+    "greedy, loss": partial(search.greedy, measure="nll"),
+    EVOLUTION: search.evopress,
+}
 
 
 def rankings(
@@ -73,6 +72,15 @@ def rankings(
     return pd.DataFrame(rows, columns=["kind", "method", "draw", "n_dropped", "set", "dropped", "forward_passes", "tokens"])
 
 
+def random_sets(model: PreTrainedModel, kinds: Iterable[str], counts: Iterable[int], draws: int, seed: int = 0) -> pd.DataFrame:
+    """Random sets in the columns of ``rankings``; they cost nothing."""
+    rows = []
+    for kind, n, draw in product(kinds, counts, range(draws)):
+        order = search.random_draw(model, torch.empty(0, 2, dtype=torch.long), n, kind, seed=[seed, draw]).order
+        rows.append((kind, RANDOM_DRAW, draw, n, chosen := tuple(sorted(order)), layers_text(chosen), 0.0, 0.0))
+    return pd.DataFrame(rows, columns=["kind", "method", "draw", "n_dropped", "set", "dropped", "forward_passes", "tokens"])
+
+
 def judged(
     model: PreTrainedModel, choices: pd.DataFrame, held_out: Mapping[str, Int[Tensor, "window token"]]
 ) -> tuple[pd.DataFrame, dict[str, dict]]:
@@ -96,22 +104,178 @@ def judged(
 
 
 def against_ours(table: pd.DataFrame, losses: Mapping[str, Mapping], ours: str = OURS) -> pd.DataFrame:
-    """Every method's loss minus ours on the same windows, both averaged over draws of calibration text.
+    """Every method's loss minus ours on the same windows, both averaged over draws.
 
     Returns:
-        domain, kind, n_dropped, method, increase (mean over draws), share (of greedy's forward passes), difference, low, high
-        (nats per token; above zero ours is better; interval over windows).
+        domain, kind, n_dropped, method, increase (nats per token, mean over draws), increase_low, increase_high (over draws),
+        tokens (spent, mean over draws), share (of greedy's tokens), difference, low, high (nats per token; above zero ours is
+        better; interval over windows).
     """
     rows = []
     for (domain, kind, n), group in table.groupby(["domain", "kind", "n_dropped"], sort=False):
+        methods = dict(iter(group.groupby("method", sort=False)))
         by_method = {
-            name: np.mean([losses[domain][s].nll.to_numpy() for s in of_method.set], axis=0)
-            for name, of_method in group.groupby("method", sort=False)
+            name: np.mean([losses[domain][s].nll.to_numpy() for s in of_method.set], axis=0) for name, of_method in methods.items()
         }
-        passes = group.groupby("method").forward_passes.mean()
-        for name, values in by_method.items():
-            increase = group[group.method == name].increase.mean()
-            share = passes[name] / passes.get(GREEDY, np.nan)
-            rows.append((domain, kind, n, name, increase, passes[name], share, *paired_difference(values, by_method[ours])))
-    columns = ["domain", "kind", "n_dropped", "method", "increase", "forward_passes", "share", "difference", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+        greedy_tokens = methods[GREEDY].tokens.mean() if GREEDY in methods else np.nan
+        for name, of_method in methods.items():
+            over_draws = mean_interval(of_method.increase.to_numpy())
+            tokens = of_method.tokens.mean()
+            spent = (tokens, tokens / greedy_tokens)
+            rows.append((domain, kind, n, name, *over_draws, *spent, *paired_difference(by_method[name], by_method[ours])))
+    columns = ["domain", "kind", "n_dropped", "method", "increase", "increase_low", "increase_high", "tokens", "share"]
+    return pd.DataFrame(rows, columns=[*columns, "difference", "low", "high"])
+
+
+def audit(
+    model: PreTrainedModel,
+    held_out: Int[Tensor, "window token"],
+    kind: str,
+    orders: Mapping[str, Sequence[SubBlock]],
+    table: pd.DataFrame,
+) -> pd.DataFrame:
+    """How well each method's ranking predicts the true cost of single drops, beside what its sets cost.
+
+    Args:
+        orders: method -> sub-blocks of the kind, first dropped first; one that cannot be dropped with the others counts as last.
+        table: as ``against_ours`` returns it, of the domain and count to show.
+    Returns:
+        kind, method, tau, low, high (Kendall's tau with the ranking by the true increase of the loss on held-out windows; the
+        interval is over these windows), increase (of the method's set).
+    """
+    possible = sorted(set().union(*orders.values()))
+    by_set = losses_of(losses_by_set(model, held_out, [(), *((s,) for s in possible)]))
+    true = np.stack([(by_set[s,].nll - by_set[()].nll).to_numpy() for s in possible], 1)  # window, sub-block
+    sets = table.set_index("method").increase
+    rows = []
+    for name, order in orders.items():
+        rank = np.array([order.index(s) if s in order else len(order) for s in possible], dtype=float)
+        tau = half_sampling(lambda costs, rank=rank: float(kendalltau(rank, costs).statistic), true)
+        rows.append((kind, name, *tau, sets.get(name, np.nan)))
+    return pd.DataFrame(rows, columns=["kind", "method", "tau", "low", "high", "increase"])
+
+
+def search_figure(table: pd.DataFrame, choices: pd.DataFrame, title: str) -> Figure:
+    """The increase of the loss against the tokens that the search spent, a panel per domain; small marks are draws.
+
+    Args:
+        table: as ``against_ours`` returns it, of one kind and count.
+        choices: as ``judged`` returns them, of the same.
+    """
+    domains = list(dict.fromkeys(table.domain))
+    figure, axes = headed_panels(title, len(domains), 3.4, sharey=True)
+    for axis, domain in zip(axes, domains, strict=True):
+        rows, draws = table[table.domain == domain], choices[choices.domain == domain]
+        random = draws[draws.method == RANDOM_DRAW].increase
+        if len(random):
+            axis.axhspan(random.min(), random.max(), color="#ededed", linewidth=0, zorder=0)
+            axis.annotate("random sets", (0.02, random.max()), (0, -3), xycoords=("axes fraction", "data"), color=GREY, fontsize=8,
+                          textcoords="offset points", va="top")  # fmt: skip
+        for row in rows[rows.method != RANDOM_DRAW].itertuples():
+            colour = POINT_COLOURS.get(row.method, GREY)
+            of_method = draws[draws.method == row.method]
+            axis.plot(of_method.tokens, of_method.increase, ".", color=colour, alpha=0.45, markersize=4)
+            axis.plot(row.tokens, row.increase, "o", color=colour, markersize=7 if row.method == OURS else 5)
+        _label_points(axis, rows[rows.method != RANDOM_DRAW])
+        axis.set_xscale("log")
+        axis.set(title=f"judged on {domain}", xlabel="tokens spent by the search")
+        axis.margins(x=0.35, y=0.12)
+    axes[0].set_ylabel("loss increase (nats per token)")
+    return figure
+
+
+def _label_points(axis: Axes, rows: pd.DataFrame) -> None:
+    """The name of every point beside it, moved apart where two would overlap."""
+    span, last = rows.increase.max() - rows.increase.min(), {}
+    for row in rows.sort_values("increase").itertuples():
+        column = round(np.log(row.tokens) / np.log(2.5))
+        height = max(row.increase, last.get(column, -np.inf) + 0.055 * span)
+        last[column] = height
+        colour = POINT_COLOURS.get(row.method, "#555555")
+        axis.annotate(row.method, (row.tokens, height), (6, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+
+
+def search_claims(
+    table: pd.DataFrame, losses: Mapping[str, Mapping], choices: pd.DataFrame, kind: str, n: int, amount: str
+) -> pd.DataFrame:
+    """Ours beside the best published method, and mutual information beside EntroDrop's entropies, on the first domain."""
+    domain = next(iter(losses))
+    of = choices[(choices.domain == domain) & (choices.kind == kind) & (choices.n_dropped == n)]
+
+    def values(method: str) -> np.ndarray:
+        return np.mean([losses[domain][s].nll.to_numpy() for s in of[of.method == method].set], axis=0)
+
+    rows = table[(table.domain == domain) & (table.kind == kind) & (table.n_dropped == n)].set_index("method")
+    cheap = rows[(rows.share <= 1.05 * rows.share[OURS]) & ~rows.index.isin([OURS, RANDOM_DRAW])]
+    best, names = cheap.increase.idxmin(), f"{n} {KIND_NAMES[kind]}"
+    evidence = f"{HELD_OUT}: {amount}"
+    text = f"{OURS} beats the best published method of no more passes ({best}) at {names}; measured: nats per token saved"
+    found = [claim(text, "next checks", values(best) - values(OURS), evidence=evidence)]
+    for information, entropy in product(search.INFORMATION, ("bucket", "knn")):
+        if entropy in rows.index:
+            text = f"{information}, beats EntroDrop's {entropy} at {names}; measured: nats per token saved"
+            found.append(claim(text, "next checks", values(entropy) - values(information), evidence=evidence))
+    return pd.DataFrame(found)
+
+
+WHOLE_ORDERS = ("Fisher", "single drops", "single drops, loss")  # searches that rank all sub-blocks at the cost of a few
+
+
+def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of ``rankings`` and ``random_sets`` as one."""
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def with_distance(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The table of ``search.interactions`` without single drops, with the distance between the layers of a pair."""
+    pairs = pairs[pairs["first"] != pairs["second"]]
+    distance = [abs(a.layer - b.layer) for a, b in zip(pairs["first"], pairs["second"], strict=True)]
+    return pairs.assign(distance=distance)
+
+
+def interaction_table(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Mean interaction with its interval over pairs, by distance between the layers: pairs, cost, interaction, low, high."""
+    rows = {}
+    for name, near in {"at most 3 layers apart": pairs.distance <= 3, "further apart": pairs.distance > 3}.items():
+        if near.any():
+            of_pairs = pairs[near]
+            rows[name] = (len(of_pairs), of_pairs.cost.mean(), *mean_interval(of_pairs.interaction.to_numpy()))
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["pairs", "cost", "interaction", "low", "high"])
+
+
+def search_title(table: pd.DataFrame, kind: str, n: int) -> str:
+    """What the figure of one kind and count shows, as a sentence."""
+    rows = table[table.domain == table.domain.iloc[0]].set_index("method")
+    ours = rows.loc[OURS]
+    if GREEDY not in rows.index:
+        return f"Lazy greedy costs {ours.increase:.2f} nats at {n} {KIND_NAMES[kind]}"
+    return (
+        f"At {n} {KIND_NAMES[kind]} lazy greedy costs {ours.increase:.2f} nats and greedy {rows.increase[GREEDY]:.2f}, "
+        f"at {ours.share:.0%} of greedy's tokens"
+    )
+
+
+def search_finding(rows: pd.DataFrame, kind: str, n: int, depth: int) -> str:
+    """The finding, in at most 30 words, from the rows of one domain, kind and count by method."""
+    rival = next((name for name in ("cosine", "norm_ratio") if name in rows.index), rows.index[0])
+    against = Interval(*rows.loc[rival, ["difference", "low", "high"]])
+    cost = f"At {n} of {depth} {KIND_NAMES[kind]} lazy greedy costs {rows.increase[OURS]:.2f} nats"
+    if GREEDY in rows.index:
+        cost += f", greedy {rows.increase[GREEDY]:.2f} with {1 / rows.share[OURS]:.1f} times its tokens"
+    return f"{cost}; {rival} costs {against:.2f} nats more than lazy greedy."
+
+
+def search_details(table: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """A line for every domain, kind and count, and one for the claims, as a Markdown list."""
+    lines = []
+    for (domain, kind, n), rows in table.groupby(["domain", "kind", "n_dropped"], sort=False):
+        others = rows[~rows.method.isin([OURS, RANDOM_DRAW])]
+        better, worse = others[others.high < 0].method, others[others.low > 0].method
+        undecided = len(others) - len(better) - len(worse)
+        names = f" ({', '.join(better)})" if len(better) else ""
+        lines.append(
+            f"{domain}, {n} {KIND_NAMES[kind]}: lazy greedy is better than {len(worse)} of {len(others)} other methods, worse than "
+            f"{len(better)}{names}, undecided against {undecided}."
+        )
+    lines.append(f"{(claims.verdict == 'holds').sum()} of {len(claims)} claims hold.")
+    return "\n\n" + "\n".join(f"- {line}" for line in lines)
