@@ -36,7 +36,7 @@ def prune_until(
     confidence: float = 0.95,
     protected: Iterable[int] = PUBLISHED_PROTECTED,
     log: str | Path | None = None,
-    seed: int = 0,
+    losses: bool = False,
 ) -> tuple[list[SubBlock], pd.DataFrame]:
     """The largest set that the iterative process (arXiv 2504.03794) drops while it keeps a share of the dense performance.
 
@@ -55,7 +55,7 @@ def prune_until(
         protected: layers that are never dropped; negative ones count from the end.
         log: a JSON file, rewritten after each step. A run that was stopped continues from it, and so does a run that promises
             another share: the steps are the same.
-        seed: has no effect; nothing is drawn.
+        losses: whether a function given as ``validation`` returns losses in nats, as text does, and not accuracies.
     Returns:
         The longest beginning of the process whose lower bound keeps the promise, first dropped first; and the log: step, layer,
         kind, score, retention, low, the passes (of one sequence each) and tokens spent so far, chosen. The last step is the one
@@ -72,9 +72,10 @@ def prune_until(
     metrics = {} if order is not None else resolve([metric] if isinstance(metric, str) else metric)
     if order is None and len(metrics) != 1:
         raise ValueError(f"one metric ranks the sub-blocks, got {', '.join(map(str, metrics)) or 'none'}")
-    if by_loss := isinstance(validation, Tensor):
+    if by_text := isinstance(validation, Tensor):
         _check_disjoint(windows, validation)
-    measure = (lambda smaller: perplexity(smaller, validation).per_window) if by_loss else validation
+    measure = (lambda smaller: perplexity(smaller, validation).per_window) if by_text else validation
+    by_loss = by_text or losses
     kept = protected_layers(protected, len(decoder_layers(model)))
     candidates = [sub_block for sub_block in find(model, kind) if sub_block.layer not in kept] if order is None else order
     log = None if log is None else Path(log).expanduser()

@@ -7,21 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from .. import cache
 from ..cache import function_name, tensor_digest
 from ..dropping import dropped
-from ..evaluation import perplexity
 from ..families.self_check import measuring
 from ..iterative import prune_until, share_interval_of
 from ..profile import short_hash
+from ..progress import progress
 from ..residual import SubBlock
 from ..scoring import Metric
 from ..selection import PUBLISHED_PROTECTED
-from ..statistics import verdict
+from ..statistics import Interval, interval_text, verdict
 
 Promise = tuple[str, str, str, float]  # measure, kind, method, promised share
 Process = tuple[list[SubBlock], pd.DataFrame]  # the set that is dropped, and the log of prune_until
@@ -30,10 +31,20 @@ NOT_SHOWN = "not shown"
 
 
 @measuring
-def next_token_accuracy(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> Float[np.ndarray, "window"]:
-    """The share of each window's next tokens that the model ranks first."""
-    hits = [(model(ids[None], use_cache=False).logits[0, :-1].argmax(-1) == ids[1:]).double().mean() for ids in windows]
-    return torch.stack(hits).cpu().numpy()
+def next_tokens(model: PreTrainedModel, windows: Int[Tensor, "window token"], measure: str) -> Float[np.ndarray, "window"]:
+    """Mean loss (likelihood, nats) or share of next tokens that the model ranks first (accuracy) of each window.
+
+    One pass gives both; it is kept on disk.
+    """
+    entry = cache.subkey(cache.model_key(model, "evaluation"), "next tokens", cache.tensor_digest(windows))
+    if (table := cache.read("performance", entry)) is None:
+        rows = []
+        for ids in progress(windows.to(model.device), "next tokens"):
+            logits, labels = model(ids[None], use_cache=False).logits[0, :-1].float(), ids[1:]
+            rows.append((float(cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).double().mean())))
+        table = pd.DataFrame(rows, columns=MEASURED_BY)
+        cache.write("performance", entry, table)
+    return table[measure].to_numpy()
 
 
 def processes(
@@ -52,15 +63,15 @@ def processes(
         methods: (kind, name) -> a metric, or an order that is followed as it is.
         folder: of the logs, from which a stopped run continues, and which the promises of one process share.
     """
-    measures = {LIKELIHOOD: validation, ACCURACY: partial(next_token_accuracy, windows=validation)}
     results = {}
-    for (measure, measured), ((kind, name), method), promised in product(measures.items(), methods.items(), promises):
+    for measure, ((kind, name), method), promised in product(MEASURED_BY, methods.items(), promises):
+        measured = partial(next_tokens, windows=validation, measure=measure)
         about = ", ".join(map(str, method)) if isinstance(method, list) else function_name(method)
         run = short_hash(f"{tensor_digest(ranking)} {tensor_digest(validation)} {about} {sorted(protected)}")
         log = folder and folder / f"{measure}-{kind}-{name.replace(' ', '-')}-{run}.json"
         chosen_by = method if isinstance(method, list) else {name: method}
-        arguments = (model, ranking, measured, chosen_by, kind if kind != "mixed" else "attention", promised)
-        results[measure, kind, name, promised] = prune_until(*arguments, protected=protected, log=log)
+        settings = {"protected": protected, "log": log, "losses": measure == LIKELIHOOD}
+        results[measure, kind, name, promised] = prune_until(model, ranking, measured, chosen_by, kind, promised, **settings)
     return results
 
 
@@ -75,18 +86,10 @@ def promise_table(
         and validation_low (the share of the set on validation text and its lower bound; where no set is shown, those of the
         first drop), evaluation, evaluation_low and evaluation_high (share on evaluation text with its interval).
     """
-    performance = {
-        LIKELIHOOD: lambda smaller: perplexity(smaller, evaluation).per_window,
-        ACCURACY: lambda smaller: next_token_accuracy(smaller, evaluation),
-    }
-    measured: dict[tuple, np.ndarray] = {}
 
     def of_set(measure: str, sub_blocks: list[SubBlock]) -> np.ndarray:
-        key = (measure, *sorted(sub_blocks))
-        if key not in measured:
-            with dropped(model, sub_blocks):
-                measured[key] = performance[measure](model)
-        return measured[key]
+        with dropped(model, sub_blocks):
+            return next_tokens(model, evaluation, measure)
 
     rows = []
     for promise, (chosen, log) in results.items():
@@ -100,3 +103,27 @@ def promise_table(
         rows.append((*promise, len(chosen), layers, log.passes.iloc[-1], outcome, step.retention, step.low, *kept))
     columns = ["measure", "kind", "method", "promised", "n_dropped", "dropped", "passes", "verdict", "validation", "validation_low"]
     return pd.DataFrame(rows, columns=[*columns, "evaluation", "evaluation_low", "evaluation_high"])
+
+
+def display_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of ``promise_table`` for a page: shares with intervals as text."""
+    low = [f"{row.validation:.1%}, at least {row.validation_low:.1%}" for row in table.itertuples()]
+    judged = interval_text(table, ["evaluation", "evaluation_low", "evaluation_high"], ".1%")
+    judged = np.where(table.n_dropped > 0, judged, "")
+    shown = table[["measure", "kind", "method", "promised", "n_dropped", "dropped"]]
+    return shown.assign(promised=[f"{p:.0%}" for p in table.promised], validation=low, evaluation=judged, verdict=table.verdict)
+
+
+def promise_finding(table: pd.DataFrame, n_layers: int) -> str:
+    """The finding, in at most 30 words: the largest set that keeps the largest promise, and by likelihood how far it reaches."""
+    strict = table[table.promised == table.promised.max()]
+    best = strict.loc[strict.n_dropped.idxmax()]
+    share = f"{best.promised:.0%} of the dense {best.measure}"
+    if not best.n_dropped:
+        return f"No set is shown to keep {share}: one drop keeps {best.validation:.1%}, at least {best.validation_low:.1%}."
+    kept = Interval(best.evaluation, best.evaluation_low, best.evaluation_high)
+    by_likelihood = strict[strict.measure == LIKELIHOOD].n_dropped.max()
+    return (
+        f"Under a promise of {share}, {best.method} drops {best.n_dropped} of {n_layers} {best.kind} sub-blocks and keeps "
+        f"{kept:.1%} on evaluation text; of the likelihood, {by_likelihood}."
+    )

@@ -22,6 +22,7 @@ from ..progress import progress
 from ..residual import SubBlock, layout_of
 from ..scoring import Metric
 from ..search import Ranking
+from ..similarity import SIMILARITIES
 from ..statistics import paired_difference
 from .methods import losses_of
 
@@ -36,16 +37,32 @@ LIMIT = 0.5  # nats per token: the increase at which a method is said to fall of
 
 
 def tradeoff_orders(
-    model: PreTrainedModel, windows: Int[Tensor, "window token"], kinds: Iterable[str], metrics: Mapping[str, Metric]
+    model: PreTrainedModel,
+    windows: Int[Tensor, "window token"],
+    kinds: Iterable[str],
+    metrics: Mapping[str, Metric],
+    longer: Int[Tensor, "window token"],
+    share: float = 1.0,
 ) -> dict[tuple[str, str], Ranking]:
-    """(kind, method) -> the whole order, by lazy greedy and by each score of one forward pass; no layer is protected."""
-    methods = {OURS: search.lazy_greedy, **{name: partial(search.by_score, metric={name: m}) for name, m in metrics.items()}}
-    return {
-        (kind, name): method(model, windows, kinds=KINDS_OF[kind])
-        for kind in kinds
-        for name, method in methods.items()
-        if kind != MIXED or name not in metrics or name in ("cosine", "norm_ratio")  # entropies of kinds are not comparable
-    }
+    """(kind, method) -> the order, by lazy greedy and by each score of one forward pass; no layer is protected.
+
+    Entropies do not order attention layers and MLPs together, because their increases are not on one scale.
+
+    Args:
+        windows: calibration text of lazy greedy.
+        longer: calibration text of the scores.
+        share: of the candidates of a kind, how many are ordered.
+    """
+    scored = {name: partial(search.by_score, metric={name: metric}) for name, metric in metrics.items()}
+    orders = {}
+    for kind in kinds:
+        possible = search.candidates(model, KINDS_OF[kind])
+        n = None if share >= 1 else round(share * len(possible))
+        orders[kind, OURS] = search.lazy_greedy(model, windows, n, KINDS_OF[kind])
+        for name, method in scored.items():
+            if kind != MIXED or name in SIMILARITIES:
+                orders[kind, name] = method(model, longer, n, KINDS_OF[kind])
+    return orders
 
 
 def counts_of(order: Sequence[SubBlock], points: int) -> list[int]:
@@ -183,3 +200,43 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
     axes[0].set_ylabel("loss increase (nats per token)")
     label_ends(axes[1])
     return figure
+
+
+def growing_sets(orders: Mapping[tuple[str, str], Ranking], kinds: Iterable[str], steps: int) -> dict[tuple[str, int], DropSet]:
+    """(kind, number) -> the dense model and ``steps`` beginnings of lazy greedy's order of each kind, the longest one the whole."""
+    sets = {}
+    for kind in kinds:
+        order = orders[kind, OURS].order
+        for n in dict.fromkeys(round(len(order) * i / steps) for i in range(steps + 1)):
+            sets[kind, n] = tuple(sorted(order[:n]))
+    return sets
+
+
+def tradeoff_title(limits: pd.DataFrame) -> str:
+    """How many sub-blocks of each kind go below the limit, by lazy greedy, as a sentence."""
+    rows = limits[limits.method == OURS]
+    parts = [f"{row.n_dropped} {NAMES[row.kind]}" for row in rows.itertuples()]
+    return f"Below {LIMIT:g} nats lazy greedy drops {', '.join(parts[:-1])}{' or ' if len(parts) > 1 else ''}{parts[-1]}"
+
+
+def pareto_title(table: pd.DataFrame) -> str:
+    """Which kind saves most of each resource below the limit, by lazy greedy, as a sentence."""
+    cheap = table[(table.method == OURS) & (table.increase <= LIMIT)]
+    weights, cache = (cheap.loc[cheap[resource].idxmax()] for resource in ("parameters", "cache"))
+    return (
+        f"Below {LIMIT:g} nats, dropping {NAMES[weights.kind]} saves {weights.parameters:.0%} of the parameters and dropping "
+        f"{NAMES[cache.kind]} {cache.cache:.0%} of the KV cache"
+    )
+
+
+def tradeoff_details(limits: pd.DataFrame, repeated: pd.DataFrame) -> str:
+    """What goes below the limit by kind and method, and the repetition at the largest number, as a Markdown list."""
+    lines = []
+    for kind, rows in limits.groupby("kind", sort=False):
+        numbers = ", ".join(f"{row.n_dropped} by {row.method}" for row in rows.itertuples())
+        lines.append(f"{NAMES[kind]} below {LIMIT:g} nats: {numbers}.")
+    dense = repeated[repeated.n_dropped == 0].repetition.mean()
+    last = repeated.loc[repeated.groupby("kind", sort=False).n_dropped.idxmax()]
+    after = ", ".join(f"{row.repetition:.0%} without {row.n_dropped} {NAMES[row.kind]}" for row in last.itertuples())
+    lines.append(f"Repetition: {dense:.0%} in text of the dense model, {after}.")
+    return "\n\n" + "\n".join(f"- {line}" for line in lines)
