@@ -1,5 +1,6 @@
 """Every search method against a plain loop over pruned models, a closed form, or the best of all sets."""
 
+import doctest
 import math
 from itertools import combinations
 
@@ -294,6 +295,16 @@ def test_tale_is_greedy_by_accuracy(big, text):
                     best.append((accuracy(big).mean(), other))
         assert (value, s) == (max(b[0] for b in best), next(o for a, o in best if a == max(b[0] for b in best)))
         gone.append(s)
+
+
+@pytest.mark.parametrize("name", sorted({*search.__all__} - {"INFORMATION", "Ranking", "candidates"}))
+def test_the_examples_are_true(name, model, windows):
+    shown = {public: getattr(search, public) for public in search.__all__}
+    names = shown | {"model": model, "windows": windows, "n_layers": 6, "SubBlock": SubBlock, "np": np}
+    (examples,) = doctest.DocTestFinder(recurse=False).find(shown[name], name, globs=names)
+    report: list[str] = []
+    failed, tried = doctest.DocTestRunner(verbose=False).run(examples, out=report.append)
+    assert tried and not failed, "".join(report)
 
 
 @pytest.mark.parametrize("name", ["greedy", "lazy_greedy", "single_drops", "by_score", "fisher", "taylor", "random_draw"])

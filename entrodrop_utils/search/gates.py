@@ -157,6 +157,9 @@ def taylor(
 
     Args:
         protected: layers that go last; the published code never drops the first four and the last two blocks.
+
+    >>> taylor(model, windows, 1, protected=range(5)).order
+    [SubBlock(layer=5, kind='block')]
     """
     check_tokens(model, windows)
     possible, layers, layout = candidates(model, kinds), decoder_layers(model), layout_of(model)

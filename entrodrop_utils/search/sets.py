@@ -36,7 +36,11 @@ def random_draw(
     kinds: Kinds = "attention",
     seed: int | list[int] = 0,
 ) -> Ranking:
-    """A random order, which costs nothing."""
+    """A random order, which costs nothing.
+
+    >>> random_draw(model, windows, 2, seed=1).passes
+    0.0
+    """
     return Ranking(take(model, random_order(candidates(model, kinds), seed), n), 0.0, 0.0)
 
 
@@ -58,7 +62,7 @@ def evopress(
         passes: stop before the generation that starts with this many passes spent.
         seed: of all draws.
 
-    >>> evopress(model, windows, 2, passes=100).order == evopress(model, windows, 2, passes=100).order
+    >>> evopress(model, windows, 2, passes=50.0).order == evopress(model, windows, 2, passes=50.0).order
     True
     """
     possible, rng = candidates(model, kinds), np.random.default_rng(seed)
@@ -104,6 +108,9 @@ def interactions(
     Returns:
         first, second (sub-blocks; equal for a single drop), cost, interaction (cost of the pair minus that of its two single drops;
         0 for a single drop). Pairs that cannot be dropped together are left out.
+
+    >>> len(interactions(model, windows, "mlp", [SubBlock(1, "mlp"), SubBlock(2, "mlp"), SubBlock(5, "mlp")]))
+    6
     """
     costs, possible = SetCosts(model, windows), candidates(model, kinds) if among is None else sorted(among)
     pairs = [pair for pair in combinations(possible, 2) if fits(model, pair)]

@@ -80,7 +80,7 @@ def lazy_greedy(
         shortlist: how many are measured in a step; None for all of them, which is ``greedy``.
     Others, and errors, are those of ``single_drops``.
 
-    >>> lazy_greedy(model, windows, 3).passes < greedy(model, windows, 3).passes
+    >>> lazy_greedy(model, windows, 3, shortlist=2).passes < greedy(model, windows, 3).passes
     True
     """
     costs, possible = SetCosts(model, windows, measure), candidates(model, kinds)

@@ -135,10 +135,11 @@ def repetition_table(
 ) -> pd.DataFrame:
     """Repetition beside the cost of sets: kind, n_dropped, increase (nats per token), repetition (share of 4-grams)."""
     costs = table[table.method == OURS].set_index(["kind", "n_dropped"]).increase
-    rows = []
-    for (kind, n), drop_set in progress(sets.items(), "greedy generation"):
+    shares = {}
+    for drop_set in progress(dict.fromkeys(sets.values()), "greedy generation"):
         with dropped(model, drop_set):
-            rows.append((kind, n, costs[kind, n], repetition(model, prompts, n_new)))
+            shares[drop_set] = repetition(model, prompts, n_new)
+    rows = [(kind, n, costs[kind, n], shares[drop_set]) for (kind, n), drop_set in sets.items()]
     return pd.DataFrame(rows, columns=["kind", "n_dropped", "increase", "repetition"])
 
 
