@@ -63,7 +63,14 @@ def plain_greedy(model, windows, n: int, kinds, measure: str) -> list[SubBlock]:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "measure"), [(("block",), "nll"), (MIXED, "nll"), (("attention",), "kl"), (("mlp",), "kl")], ids=str
+    ("kinds", "measure"),
+    [
+        (("block",), "nll"),
+        (("attention",), "kl"),
+        pytest.param(MIXED, "nll", marks=pytest.mark.slow),
+        pytest.param(("mlp",), "kl", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_greedy_is_the_double_loop(big, text, kinds, measure):
     assert search.greedy(big, text, 4, kinds, measure).order == plain_greedy(big, text, 4, kinds, measure)
@@ -77,32 +84,32 @@ def test_single_drops_are_sorted_by_their_cost(big, text, measure):
 
 
 def test_a_shortlist_of_all_is_greedy_and_of_one_measures_little(big, text):
-    want = search.greedy(big, text, 5, MIXED)
-    assert search.lazy_greedy(big, text, 5, MIXED, shortlist=12) == want
-    little = search.lazy_greedy(big, text, 5, MIXED, shortlist=1)
-    assert little.order[0] == want.order[0] and little.passes < want.passes / 2
+    want = search.greedy(big, text, 3, MIXED)
+    assert search.lazy_greedy(big, text, 3, MIXED, shortlist=12) == want
+    little = search.lazy_greedy(big, text, 3, MIXED, shortlist=1)
+    assert little.order[0] == want.order[0] and little.passes < want.passes * 0.7
 
 
 def test_the_kept_costs_are_those_of_the_plain_algorithm(big, text):
     """Lazy greedy as its docstring says it, over whole forward passes."""
     left = {s: plain_cost(big, text, [s], "kl") for kind in MIXED for s in find(big, kind)}
     gone, total = [], 0.0
-    for _ in range(6):
+    for _ in range(4):
         for s in sorted(left, key=left.get)[:2]:
             left[s] = plain_cost(big, text, [*gone, s], "kl") - total
         gone.append(min(left, key=left.get))
         total = plain_cost(big, text, gone, "kl")
         del left[gone[-1]]
-    assert search.lazy_greedy(big, text, 6, MIXED, shortlist=2).order == gone
+    assert search.lazy_greedy(big, text, 4, MIXED, shortlist=2).order == gone
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_the_best_of_all_sets_is_found_on_eight_layers(text, n):
+@pytest.mark.parametrize(("n", "evolves"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
+def test_the_best_of_all_sets_is_found_on_eight_layers(text, n, evolves):
     model = uneven(8, seed=1)
     costs = {chosen: plain_cost(model, text, chosen, "kl") for chosen in combinations(find(model, "mlp"), n)}
     best = list(min(costs, key=costs.get))
     assert search.exhaustive(model, text, n, "mlp").order == best
-    assert search.evopress(model, text, n, "mlp").order == best
+    assert not evolves or search.evopress(model, text, n, "mlp").order == best
     assert sorted(search.lazy_greedy(model, text, n, "mlp").order) == best
 
 

@@ -162,6 +162,7 @@ def test_repetition_of_the_dense_model_and_sentences(traded):
         assert figure.axes
 
 
+@pytest.mark.slow
 def test_promises_by_likelihood_and_accuracy(traded, tmp_path):
     model, orders, _ = traded
     order = orders["attention", "lazy greedy"].order
