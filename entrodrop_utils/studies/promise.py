@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .. import cache
 from ..cache import function_name, tensor_digest
 from ..dropping import dropped
+from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
 from ..iterative import prune_until, share_interval_of
 from ..profile import short_hash
 from ..progress import progress
-from ..residual import SubBlock
+from ..residual import SubBlock, find
 from ..scoring import Metric
 from ..selection import PUBLISHED_PROTECTED
 from ..statistics import Interval, interval_text, verdict
@@ -31,20 +31,22 @@ NOT_SHOWN = "not shown"
 
 
 @measuring
-def next_tokens(model: PreTrainedModel, windows: Int[Tensor, "window token"], measure: str) -> Float[np.ndarray, "window"]:
-    """Mean loss (likelihood, nats) or share of next tokens that the model ranks first (accuracy) of each window.
+def next_tokens(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> dict[str, Float[np.ndarray, "window"]]:
+    """Mean loss (likelihood, nats) and share of next tokens that the model ranks first (accuracy) of each window."""
+    values = {measure: [] for measure in MEASURED_BY}
+    for ids in progress(windows.to(model.device), "next tokens"):
+        logits, labels = model(ids[None], use_cache=False).logits[0, :-1].float(), ids[1:]
+        values[LIKELIHOOD].append(float(cross_entropy(logits, labels)))
+        values[ACCURACY].append(float((logits.argmax(-1) == labels).double().mean()))
+    return {measure: np.array(of_windows) for measure, of_windows in values.items()}
 
-    One pass gives both; it is kept on disk.
-    """
-    entry = cache.subkey(cache.model_key(model, "evaluation"), "next tokens", cache.tensor_digest(windows))
-    if (table := cache.read("performance", entry)) is None:
-        rows = []
-        for ids in progress(windows.to(model.device), "next tokens"):
-            logits, labels = model(ids[None], use_cache=False).logits[0, :-1].float(), ids[1:]
-            rows.append((float(cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).double().mean())))
-        table = pd.DataFrame(rows, columns=MEASURED_BY)
-        cache.write("performance", entry, table)
-    return table[measure].to_numpy()
+
+def _kept(model: PreTrainedModel, windows: Tensor, measure: str, kept: dict) -> Float[np.ndarray, "window"]:
+    """``next_tokens`` of a model from which something is dropped; one that was measured before is not run again."""
+    left = (tuple(map(id, decoder_layers(model))), *(tuple(find(model, kind)) for kind in ("attention", "mlp")))
+    if left not in kept:
+        kept[left] = next_tokens(model, windows)
+    return kept[left][measure]
 
 
 def processes(
@@ -56,16 +58,16 @@ def processes(
     protected: Sequence[int] = PUBLISHED_PROTECTED,
     folder: Path | None = None,
 ) -> dict[Promise, Process]:
-    """``prune_until`` for every measure, kind, method and promised share.
+    """``prune_until`` for every measure, kind, method and promised share. A set that one process measured is not run by another.
 
     Args:
         ranking: calibration text, which ranks the sub-blocks anew at every step of a metric.
         methods: (kind, name) -> a metric, or an order that is followed as it is.
         folder: of the logs, from which a stopped run continues, and which the promises of one process share.
     """
-    results = {}
+    results, kept = {}, {}
     for measure, ((kind, name), method), promised in product(MEASURED_BY, methods.items(), promises):
-        measured = partial(next_tokens, windows=validation, measure=measure)
+        measured = partial(_kept, windows=validation, measure=measure, kept=kept)
         about = ", ".join(map(str, method)) if isinstance(method, list) else function_name(method)
         run = short_hash(f"{tensor_digest(ranking)} {tensor_digest(validation)} {about} {sorted(protected)}")
         log = folder and folder / f"{measure}-{kind}-{name.replace(' ', '-')}-{run}.json"
@@ -81,15 +83,17 @@ def promise_table(
     """Every promise on text that has chosen nothing.
 
     Returns:
-        measure, kind, method, promised, n_dropped, dropped (layers, first dropped first), passes (sequences run in all), verdict
+        measure, kind, method, promised, n_dropped, dropped (layers, first dropped first), passes (sequences run), verdict
         (of the evaluation text: holds, does not hold, inconclusive; or not shown: no set keeps it with confidence), validation
         and validation_low (the share of the set on validation text and its lower bound; where no set is shown, those of the
         first drop), evaluation, evaluation_low and evaluation_high (share on evaluation text with its interval).
     """
 
+    kept_before: dict = {}
+
     def of_set(measure: str, sub_blocks: list[SubBlock]) -> np.ndarray:
         with dropped(model, sub_blocks):
-            return next_tokens(model, evaluation, measure)
+            return _kept(model, evaluation, measure, kept_before)
 
     rows = []
     for promise, (chosen, log) in results.items():

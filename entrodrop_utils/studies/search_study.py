@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import kendalltau
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +27,7 @@ from .methods import KIND_NAMES, layers_text, losses_of
 
 Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], Ranking]
 OURS, GREEDY, EVOLUTION, RANDOM_DRAW = "lazy greedy", "greedy", "EvoPress", "random"
+LEAST = 0.01  # nats: the least increase that a logarithmic axis shows
 POINT_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 
 
@@ -156,43 +157,38 @@ def audit(
 
 
 def search_figure(table: pd.DataFrame, choices: pd.DataFrame, title: str) -> Figure:
-    """The increase of the loss against the tokens that the search spent, a panel per domain; small marks are draws.
+    """The increase of the loss by every method, a panel per domain, with the tokens that its search spent; small marks are draws.
 
     Args:
         table: as ``against_ours`` returns it, of one kind and count.
         choices: as ``judged`` returns them, of the same.
     """
     domains = list(dict.fromkeys(table.domain))
-    figure, axes = headed_panels(title, len(domains), 3.4, sharey=True)
+    order = table[table.domain == domains[0]].sort_values("increase", ascending=False)
+    names = [name for name in order.method if name != RANDOM_DRAW]
+    tokens = order.set_index("method").tokens
+    figure, axes = headed_panels(title, len(domains), 0.9 + 0.24 * len(names), sharey=True, sharex=True)
     for axis, domain in zip(axes, domains, strict=True):
-        rows, draws = table[table.domain == domain], choices[choices.domain == domain]
+        draws, means = choices[choices.domain == domain], table[table.domain == domain].set_index("method").increase
         random = draws[draws.method == RANDOM_DRAW].increase
         if len(random):
-            axis.axhspan(random.min(), random.max(), color="#ededed", linewidth=0, zorder=0)
-            axis.annotate("random sets", (0.02, random.max()), (0, -3), xycoords=("axes fraction", "data"), color=GREY, fontsize=8,
-                          textcoords="offset points", va="top")  # fmt: skip
-        for row in rows[rows.method != RANDOM_DRAW].itertuples():
-            colour = POINT_COLOURS.get(row.method, GREY)
-            of_method = draws[draws.method == row.method]
-            axis.plot(of_method.tokens, of_method.increase, ".", color=colour, alpha=0.45, markersize=4)
-            axis.plot(row.tokens, row.increase, "o", color=colour, markersize=7 if row.method == OURS else 5)
-        _label_points(axis, rows[rows.method != RANDOM_DRAW])
+            axis.axvspan(random.min(), random.max(), color="#ededed", linewidth=0, zorder=0)
+            axis.text(random.max(), -0.4, "random sets ", color="#666666", fontsize=8, ha="right", va="center")
+        for place, name in enumerate(names):
+            colour = POINT_COLOURS.get(name, GREY)
+            of_method = draws[draws.method == name].increase.clip(lower=LEAST)
+            axis.plot(of_method, [place] * len(of_method), "|", color=colour, markersize=9, alpha=0.7)
+            axis.plot(max(means[name], LEAST), place, "o", color=colour, markersize=7 if name == OURS else 5)
         axis.set_xscale("log")
-        axis.set(title=f"judged on {domain}", xlabel="tokens spent by the search")
-        axis.margins(x=0.35, y=0.12)
-    axes[0].set_ylabel("loss increase (nats per token)")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_title(f"judged on {domain}")
+        axis.grid(False, axis="y")
+    axes[0].set_yticks(range(len(names)), [f"{name} · {tokens[name] / 1000:.1f}k" for name in names])
+    axes[0].set_ylim(-0.8, len(names) - 0.5)
+    figure.supxlabel("loss increase (nats per token, log scale; left is better)", fontsize=9)
     return figure
-
-
-def _label_points(axis: Axes, rows: pd.DataFrame) -> None:
-    """The name of every point beside it, moved apart where two would overlap."""
-    span, last = rows.increase.max() - rows.increase.min(), {}
-    for row in rows.sort_values("increase").itertuples():
-        column = round(np.log(row.tokens) / np.log(2.5))
-        height = max(row.increase, last.get(column, -np.inf) + 0.055 * span)
-        last[column] = height
-        colour = POINT_COLOURS.get(row.method, "#555555")
-        axis.annotate(row.method, (row.tokens, height), (6, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
 
 
 def search_claims(
@@ -250,8 +246,8 @@ def search_title(table: pd.DataFrame, kind: str, n: int) -> str:
     if GREEDY not in rows.index:
         return f"Lazy greedy costs {ours.increase:.2f} nats at {n} {KIND_NAMES[kind]}"
     return (
-        f"At {n} {KIND_NAMES[kind]} lazy greedy costs {ours.increase:.2f} nats and greedy {rows.increase[GREEDY]:.2f}, "
-        f"at {ours.share:.0%} of greedy's tokens"
+        f"Without {n} {KIND_NAMES[kind]} lazy greedy costs {ours.increase:.2f} nats, greedy {rows.increase[GREEDY]:.2f} "
+        f"with {1 / ours.share:.1f} times the tokens"
     )
 
 
