@@ -16,7 +16,7 @@ from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
-from ..figures import COLOURS, GREY, headed_panels, label_ends, log_axis
+from ..figures import COLOURS, GREY, headed_panels, log_axis
 from ..layerwise import DropSet
 from ..progress import progress
 from ..residual import SubBlock, layout_of
@@ -199,7 +199,7 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
         axis.set(xlabel=f"% of the {name} dropped", ylim=(0.01, 20), xlim=(0, 100))
     log_axis(axes[0])
     axes[0].set_ylabel("loss increase (nats per token)")
-    label_ends(axes[1])
+    axes[0].legend(fontsize=8, loc="lower right")
     return figure
 
 
