@@ -304,7 +304,7 @@ def test_tale_is_greedy_by_accuracy(big, text):
         gone.append(s)
 
 
-@pytest.mark.parametrize("name", sorted({*search.__all__} - {"INFORMATION", "Ranking", "candidates"}))
+@pytest.mark.parametrize("name", sorted({*search.__all__} - {"INFORMATION", "SearchResult", "candidates"}))
 def test_the_examples_are_true(name, model, windows):
     shown = {public: getattr(search, public) for public in search.__all__}
     names = shown | {"model": model, "windows": windows, "n_layers": 6, "SubBlock": SubBlock, "np": np}

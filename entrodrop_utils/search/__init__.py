@@ -1,7 +1,7 @@
 """Which sub-blocks to drop, by search: a small function for each published method, and the one that the README recommends.
 
-Each returns a ``Ranking``: the sub-blocks, first dropped first, with the forward passes and tokens spent. ``lazy_greedy`` is the
-recommended one; the others are what it is compared with.
+Each returns a ``SearchResult``: the sub-blocks, first dropped first, with the forward passes and tokens spent. ``lazy_greedy`` is
+the recommended one; the others are what it is compared with.
 
 >>> from entrodrop_utils import search
 >>> ranking = search.lazy_greedy(model, windows, 2)
@@ -10,7 +10,7 @@ recommended one; the others are what it is compared with.
 """
 
 from .accuracy import tale
-from .costs import Ranking, SetCosts, candidates
+from .costs import SearchResult, SetCosts, candidates
 from .gates import cbo, fisher, gate_gradients, taylor
 from .scores import INFORMATION, angular_window, by_score
 from .sets import evopress, exhaustive, interactions, random_draw
@@ -18,7 +18,7 @@ from .stepwise import greedy, lazy_greedy, single_drops
 
 __all__ = [
     "INFORMATION",
-    "Ranking",
+    "SearchResult",
     "SetCosts",
     "angular_window",
     "by_score",

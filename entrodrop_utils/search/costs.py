@@ -24,7 +24,7 @@ MEASURES = ("kl", "nll")
 Kinds = str | Sequence[str]
 
 
-class Ranking(NamedTuple):
+class SearchResult(NamedTuple):
     """Sub-blocks in the order in which a method drops them, and what the search spent.
 
     Attributes:
@@ -134,9 +134,9 @@ class SetCosts:
             self._measure({set_name(drop_set): drop_set for drop_set in ((), *new)})
         return np.stack([self.costs[drop_set] for drop_set in drop_sets])
 
-    def ranking(self, order: list[SubBlock]) -> Ranking:
+    def ranking(self, order: list[SubBlock]) -> SearchResult:
         """An order with what was spent so far."""
-        return Ranking(order, self.passes, self.tokens)
+        return SearchResult(order, self.passes, self.tokens)
 
     def mean(self, sets: Iterable[Iterable[SubBlock]]) -> Float[np.ndarray, "set"]:
         """The mean over windows of every set's cost."""

@@ -14,7 +14,7 @@ from ..families.self_check import evaluation_mode
 from ..layerwise import MAX_TOKENS
 from ..progress import progress
 from ..residual import SubBlock, check_tokens, layout_of
-from .costs import Kinds, Ranking, SetCosts, candidates, fits, take
+from .costs import Kinds, SearchResult, SetCosts, candidates, fits, take
 
 BACKWARD = 2  # forward passes that a backward pass counts as
 TAYLOR_PROTECTED = (0, 1, 2, 3, -2, -1)
@@ -79,7 +79,7 @@ def gate_gradients(
 
 def fisher(
     model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int | None = None, kinds: Kinds = "attention"
-) -> Ranking:
+) -> SearchResult:
     """The sub-blocks with the smallest diagonal of the empirical Fisher information of their gates (Kwon et al., arXiv 2204.09656).
 
     Their rearrangement exchanges masks inside a layer; with one mask per sub-block it changes nothing.
@@ -90,7 +90,7 @@ def fisher(
     possible = candidates(model, kinds)
     score = (gate_gradients(model, windows, possible) ** 2).mean(0)
     passes = float(len(windows) * (1 + BACKWARD))
-    return Ranking(take(model, [possible[i] for i in np.argsort(score, kind="stable")], n), passes, passes * windows.shape[1])
+    return SearchResult(take(model, [possible[i] for i in np.argsort(score, kind="stable")], n), passes, passes * windows.shape[1])
 
 
 def cbo(
@@ -101,7 +101,7 @@ def cbo(
     states: int = 10,
     starts: int = 200,
     seed: int = 0,
-) -> Ranking:
+) -> SearchResult:
     """The best of several sets of low energy x' H x (CBO, arXiv 2602.00161): H is the mean outer product of the gates' gradients.
 
     Low-energy sets are local minima under exchanges of one sub-block, from random starts. The ``states`` lowest are measured, by
@@ -127,7 +127,7 @@ def cbo(
     costs = SetCosts(model, windows)
     best = lowest[int(costs.mean(lowest).argmin())]
     passes = costs.passes + BACKWARD * len(windows)  # the forward pass of the gradients is that of the dense model
-    return Ranking(list(best), passes, passes * windows.shape[1])
+    return SearchResult(list(best), passes, passes * windows.shape[1])
 
 
 def _descended(hessian: Float[np.ndarray, "gate gate"], chosen: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
@@ -152,7 +152,7 @@ def taylor(
     n: int | None = None,
     kinds: Kinds = "block",
     protected: Sequence[int] = TAYLOR_PROTECTED,
-) -> Ranking:
+) -> SearchResult:
     """The sub-blocks with the smallest sum of |weight times its gradient of the loss| (Taylor+ of Shortened LLaMA, 2402.02834).
 
     Args:
@@ -185,4 +185,4 @@ def taylor(
     kept = {layer % len(layers) for layer in protected}
     order = sorted(possible, key=lambda s: (s.layer in kept, sum(salience[id(w)] for w in weights[s])))
     passes = float(len(windows) * (1 + BACKWARD))
-    return Ranking(take(model, order, n), passes, passes * windows.shape[1])
+    return SearchResult(take(model, order, n), passes, passes * windows.shape[1])

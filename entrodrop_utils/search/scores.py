@@ -15,7 +15,7 @@ from ..progress import progress
 from ..residual import SubBlock, states
 from ..scoring import Metric, resolve
 from ..selection import scores_by_layer
-from .costs import Kinds, Ranking, candidates, take
+from .costs import Kinds, SearchResult, candidates, take
 
 
 def by_score(
@@ -25,7 +25,7 @@ def by_score(
     kinds: Kinds = "attention",
     metric: str | Mapping[str, Metric] = "cosine",
     rescored: bool = False,
-) -> Ranking:
+) -> SearchResult:
     """The sub-blocks with the smallest score: cosine as in LLM-Drop (arXiv 2406.15786), an entropy increase as in EntroDrop.
 
     Args:
@@ -48,7 +48,7 @@ def by_score(
         left = sorted((s for s in possible if s not in chosen), key=score.get)
         chosen += take(model, [*chosen, *left], len(chosen) + (1 if rescored else n))[len(chosen) :]
     passes = float(len(windows) * rounds)
-    return Ranking(chosen, passes, passes * windows.shape[1])
+    return SearchResult(chosen, passes, passes * windows.shape[1])
 
 
 def _scores(model, windows, possible: list[SubBlock], metrics: Mapping[str, Metric], gone: list[SubBlock]) -> dict[SubBlock, float]:
@@ -62,7 +62,7 @@ def _scores(model, windows, possible: list[SubBlock], metrics: Mapping[str, Metr
     return {SubBlock(place[layer], kind): float(value) for kind, mean in means.items() for layer, value in mean.items()}
 
 
-def angular_window(model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int, kinds: Kinds = "block") -> Ranking:
+def angular_window(model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int, kinds: Kinds = "block") -> SearchResult:
     """The ``n`` contiguous blocks with the smallest angle between input and output at the last token (arXiv 2403.17887).
 
     Raises:
@@ -79,7 +79,7 @@ def angular_window(model: PreTrainedModel, windows: Int[Tensor, "window token"],
     cos = torch.nn.functional.cosine_similarity(last[: len(last) - n], last[n:], dim=-1).clamp(-1, 1)
     first = int((cos.arccos().mean(1) / math.pi).argmin())
     passes = float(len(windows))
-    return Ranking([SubBlock(i, "block") for i in range(first, first + n)], passes, passes * windows.shape[1])
+    return SearchResult([SubBlock(i, "block") for i in range(first, first + n)], passes, passes * windows.shape[1])
 
 
 def gaussian_information(

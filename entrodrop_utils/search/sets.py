@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from ..progress import progress
 from ..residual import SubBlock
 from ..selection import random_order
-from .costs import Kinds, Ranking, SetCosts, candidates, fits, take
+from .costs import Kinds, SearchResult, SetCosts, candidates, fits, take
 
 OFFSPRING, SURVIVORS = 32, (2, 1)  # of a generation of EvoPress, and after each of its selections
 
 
-def exhaustive(model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int, kinds: Kinds = "attention") -> Ranking:
+def exhaustive(model: PreTrainedModel, windows: Int[Tensor, "window token"], n: int, kinds: Kinds = "attention") -> SearchResult:
     """The set of ``n`` sub-blocks with the smallest KL to the dense model, by measuring all sets: C(M, n) of them.
 
     >>> ranking = exhaustive(model, windows, 2)
@@ -35,13 +35,13 @@ def random_draw(
     n: int | None = None,
     kinds: Kinds = "attention",
     seed: int | list[int] = 0,
-) -> Ranking:
+) -> SearchResult:
     """A random order, which costs nothing.
 
     >>> random_draw(model, windows, 2, seed=1).passes
     0.0
     """
-    return Ranking(take(model, random_order(candidates(model, kinds), seed), n), 0.0, 0.0)
+    return SearchResult(take(model, random_order(candidates(model, kinds), seed), n), 0.0, 0.0)
 
 
 def evopress(
@@ -51,7 +51,7 @@ def evopress(
     kinds: Kinds = "attention",
     passes: float | None = None,
     seed: int = 0,
-) -> Ranking:
+) -> SearchResult:
     """The set of ``n`` sub-blocks that evolution finds (EvoPress, arXiv 2410.14649), with KL to the dense model as fitness.
 
     The start is the best of 32 random sets. A generation has 32 offspring of the survivor. An offspring exchanges min(U{1..3},
@@ -92,7 +92,7 @@ def evopress(
             break
         children = best(sorted({offspring(parent) for _ in range(OFFSPRING)}), SURVIVORS[0], stages[0])
         (parent,) = best(list(dict.fromkeys([parent, *children])), SURVIVORS[1], stages[1])
-    return Ranking(list(parent), spent(), sum(stage.tokens for stage in stages))
+    return SearchResult(list(parent), spent(), sum(stage.tokens for stage in stages))
 
 
 def interactions(

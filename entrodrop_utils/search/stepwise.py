@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..progress import progress
 from ..residual import SubBlock
-from .costs import Kinds, Ranking, SetCosts, candidates, fits, take
+from .costs import Kinds, SearchResult, SetCosts, candidates, fits, take
 
 SHORTENED_PROTECTED = (0, 1, 2, 3, -2, -1)  # blocks that Shortened LLaMA never drops
 
@@ -17,7 +17,7 @@ def single_drops(
     n: int | None = None,
     kinds: Kinds = "attention",
     measure: str = "kl",
-) -> Ranking:
+) -> SearchResult:
     """The sub-blocks whose drop alone costs least; nothing is measured again after a drop.
 
     With ``kinds="block"`` and ``measure="nll"`` it is the perplexity criterion of Shortened LLaMA (arXiv 2402.02834).
@@ -43,7 +43,7 @@ def greedy(
     n: int | None = None,
     kinds: Kinds = "attention",
     measure: str = "kl",
-) -> Ranking:
+) -> SearchResult:
     """Drop what costs least, measure every remaining sub-block anew, and repeat.
 
     With ``measure="nll"`` and ``kinds="block"`` it is SLEB (arXiv 2402.09025), with ``kinds=("attention", "mlp")`` BlockPruner
@@ -63,7 +63,7 @@ def lazy_greedy(
     kinds: Kinds = "attention",
     shortlist: int | None = 5,
     measure: str = "kl",
-) -> Ranking:
+) -> SearchResult:
     """Greedy search that measures only the ``shortlist`` cheapest sub-blocks anew after each drop.
 
     What sub-block j adds to the cost of the set S that is gone already, m_j(S) = C(S + j) - C(S), changes little when one more is

@@ -21,11 +21,11 @@ from ..figures import COLOURS, GREY, headed_panels
 from ..progress import progress
 from ..residual import SubBlock
 from ..scoring import Metric
-from ..search import Ranking
+from ..search import SearchResult
 from ..statistics import Interval, half_sampling, mean_interval, paired_difference
 from .methods import KIND_NAMES, layers_text, losses_of
 
-Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], Ranking]
+Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], SearchResult]
 OURS, GREEDY, EVOLUTION, RANDOM_DRAW = "lazy greedy", "greedy", "EvoPress", "random"
 LEAST = 0.01  # nats: the least increase that a logarithmic axis shows
 POINT_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
@@ -217,7 +217,7 @@ def search_claims(
 WHOLE_ORDERS = ("Fisher", "single drops", "single drops, loss")  # searches that rank all sub-blocks at the cost of a few
 
 
-def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+def joined_choices(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """The tables of ``rankings`` and ``random_sets`` as one."""
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
 

@@ -21,7 +21,7 @@ from ..layerwise import DropSet
 from ..progress import progress
 from ..residual import SubBlock, layout_of
 from ..scoring import Metric
-from ..search import Ranking
+from ..search import SearchResult
 from ..similarity import SIMILARITIES
 from ..statistics import paired_difference
 from .methods import losses_of
@@ -43,7 +43,7 @@ def tradeoff_orders(
     metrics: Mapping[str, Metric],
     longer: Int[Tensor, "window token"],
     share: float = 1.0,
-) -> dict[tuple[str, str], Ranking]:
+) -> dict[tuple[str, str], SearchResult]:
     """(kind, method) -> the order, by lazy greedy and by each score of one forward pass; no layer is protected.
 
     Entropies do not order attention layers and MLPs together, because their increases are not on one scale.
@@ -87,7 +87,7 @@ def halves_of(sub_blocks: Iterable[SubBlock]) -> list[SubBlock]:
 
 
 def tradeoff_table(
-    model: PreTrainedModel, windows: Int[Tensor, "window token"], orders: Mapping[tuple[str, str], Ranking], points: int
+    model: PreTrainedModel, windows: Int[Tensor, "window token"], orders: Mapping[tuple[str, str], SearchResult], points: int
 ) -> pd.DataFrame:
     """The cost of the beginnings of every order on held-out windows.
 
@@ -203,7 +203,9 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def growing_sets(orders: Mapping[tuple[str, str], Ranking], kinds: Iterable[str], steps: int) -> dict[tuple[str, int], DropSet]:
+def growing_sets(
+    orders: Mapping[tuple[str, str], SearchResult], kinds: Iterable[str], steps: int
+) -> dict[tuple[str, int], DropSet]:
     """(kind, number) -> the dense model and ``steps`` beginnings of lazy greedy's order of each kind, the longest one the whole."""
     sets = {}
     for kind in kinds:
