@@ -29,7 +29,7 @@ from entrodrop_utils import SubBlock, dropped
 from entrodrop_utils.export import gguf, llama_cpp, mlx, vllm
 from entrodrop_utils.models.sources import folder, is_local
 from entrodrop_utils.paths import ROOT
-from entrodrop_utils.repair import repair
+from entrodrop_utils.repairing import repair
 
 SHAPE = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

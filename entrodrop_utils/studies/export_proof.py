@@ -27,7 +27,7 @@ from ..files import write_text
 from ..models import load_model
 from ..paths import RESULTS
 from ..progress import progress
-from ..repair import repair
+from ..repairing import repair
 from ..residual import SubBlock, find
 from ..scoring import score
 from ..selection import one_shot

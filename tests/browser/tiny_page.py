@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import nbformat
+from tiny_llama import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-
-from tiny_llama import tiny_llama
 
 LAYERS = 12
 
