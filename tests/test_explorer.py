@@ -208,7 +208,7 @@ def test_a_continuation_is_greedy_and_heard_as_it_comes(ranking, model):
 
 def test_a_repaired_loss_is_that_of_the_repaired_model(ranking, model, windows, held_out):
     drop = ranking.order[:2]
-    smaller = saving.remove(copy.deepcopy(model), drop, repair.repair(model, drop, windows))
+    smaller = saving.remove(copy.deepcopy(model), drop, repair(model, drop, windows))
     expected = evaluation.perplexity(smaller, held_out).mean
     assert ranking.loaded.repaired(drop, ranking.settings, ranking.settings).mean == pytest.approx(expected, rel=1e-5)
     assert ranking.loaded.repaired([SubBlock(2, "block")], ranking.settings, ranking.settings) is None

@@ -67,7 +67,7 @@ def lazy_greedy(
     """Greedy search that measures only the ``shortlist`` cheapest sub-blocks anew after each drop.
 
     What sub-block j adds to the cost of the set S that is gone already, m_j(S) = C(S + j) - C(S), changes little when one more is
-    dropped, and mostly for neighbours. So the last measured m_j is kept, and a step
+    dropped. So the last measured m_j is kept, and a step
 
     1. takes the ``shortlist`` sub-blocks with the smallest kept m_j,
     2. measures their m_j for the present S,

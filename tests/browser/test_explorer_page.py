@@ -227,7 +227,8 @@ def test_the_dark_theme_is_readable(page, explorer, screenshots):
         const ground = light(getComputedStyle(root).backgroundColor);
         const of = one => { const style = getComputedStyle(one), text = light(one.closest('svg') ? style.fill : style.color);
         return (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05); };
-        return ['.ed-title', '.ed-field > span', '.ed-axis', '.ed-table td', '.ed-table small'].map(s => of(root.querySelector(s))); }"""
+        const texts = ['.ed-title', '.ed-field > span', '.ed-axis', '.ed-table td', '.ed-table small'];
+        return texts.map(s => of(root.querySelector(s))); }"""
     )
     assert min(contrast) >= 4.5, contrast
 
