@@ -126,8 +126,7 @@ def promise_finding(table: pd.DataFrame, n_layers: int) -> str:
     if not best.n_dropped:
         return f"No set is shown to keep {share}: one drop keeps {best.validation:.1%}, at least {best.validation_low:.1%}."
     kept = Interval(best.evaluation, best.evaluation_low, best.evaluation_high)
-    by_likelihood = strict[strict.measure == LIKELIHOOD].n_dropped.max()
     return (
         f"Under a promise of {share}, {best.method} drops {best.n_dropped} of {n_layers} {best.kind} sub-blocks and keeps "
-        f"{kept:.1%} on evaluation text; of the likelihood, {by_likelihood}."
+        f"{kept:.1%} on evaluation text."
     )

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,7 +30,7 @@ from .methods import losses_of
 OURS = "lazy greedy"
 MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
-NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "attention layers and MLPs"}
+NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
 KIND_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", MIXED: "#000000"}
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 N_GRAM = 4  # tokens of the pieces whose repetition is counted
@@ -177,6 +178,7 @@ def tradeoff_figure(table: pd.DataFrame, title: str) -> Figure:
                 axis.fill_between(rows.n_dropped, rows.low.clip(lower=1e-3), rows.high, color=colour, alpha=0.2, linewidth=0)
         axis.axhline(LIMIT, color=GREY, linewidth=0.8, linestyle=":")
         axis.set(title=NAMES[kind], ylim=(0.01, 20))
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     log_axis(axes[0])
     axes[0].set_ylabel("loss increase (nats per token)")
     figure.supxlabel("sub-blocks dropped", fontsize=9)
@@ -196,7 +198,7 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
                 rows = rows[rows.cache.diff().fillna(1) > 0]
             if len(rows):
                 axis.plot(100 * rows[resource], rows.increase.clip(lower=1e-3), color=KIND_COLOURS[kind], label=NAMES[kind])
-        axis.set(xlabel=f"% of the {name} dropped", ylim=(0.01, 20), xlim=(0, 100))
+        axis.set(xlabel=f"% of the {name} dropped", ylim=(0.01, 20), xlim=(0, 110 * ours[resource].max()))
     log_axis(axes[0])
     axes[0].set_ylabel("loss increase (nats per token)")
     axes[0].legend(fontsize=8, loc="lower right")
@@ -226,10 +228,12 @@ def pareto_title(table: pd.DataFrame) -> str:
     """Which kind saves most of each resource below the limit, by lazy greedy, as a sentence."""
     cheap = table[(table.method == OURS) & (table.increase <= LIMIT)]
     weights, cache = (cheap.loc[cheap[resource].idxmax()] for resource in ("parameters", "cache"))
-    return (
-        f"Below {LIMIT:g} nats, dropping {NAMES[weights.kind]} saves {weights.parameters:.0%} of the parameters and dropping "
-        f"{NAMES[cache.kind]} {cache.cache:.0%} of the KV cache"
-    )
+    what = "" if cache.kind == weights.kind else f"{NAMES[cache.kind]} "
+    parts = [
+        f"{NAMES[weights.kind]} save {weights.parameters:.0%} of the layers' parameters",
+        f"{what}{cache.cache:.0%} of the KV cache",
+    ]
+    return f"Below {LIMIT:g} nats, {' or '.join(parts)} at most"
 
 
 def tradeoff_details(limits: pd.DataFrame, repeated: pd.DataFrame) -> str:
