@@ -220,7 +220,7 @@ def growing_sets(
 def tradeoff_title(limits: pd.DataFrame) -> str:
     """How many sub-blocks of each kind go below the limit, by lazy greedy, as a sentence."""
     rows = limits[limits.method == OURS]
-    saved = f"{NAMES[weights.kind]} save {weights.parameters:.0%} of the layers' parameters"
+    parts = [f"{row.n_dropped} {NAMES[row.kind]}" for row in rows.itertuples()]
     return f"Below {LIMIT:g} nats lazy greedy drops {', '.join(parts[:-1])}{' or ' if len(parts) > 1 else ''}{parts[-1]}"
 
 
@@ -229,10 +229,7 @@ def pareto_title(table: pd.DataFrame) -> str:
     cheap = table[(table.method == OURS) & (table.increase <= LIMIT)]
     weights, cache = (cheap.loc[cheap[resource].idxmax()] for resource in ("parameters", "cache"))
     what = "" if cache.kind == weights.kind else f"{NAMES[cache.kind]} "
-    parts = [
-        f"{NAMES[weights.kind]} save {weights.parameters:.0%} of the layers' parameters",
-        f"{what}{cache.cache:.0%} of the KV cache",
-    ]
+    saved = f"{NAMES[weights.kind]} save {weights.parameters:.0%} of the layers' parameters"
     return f"Below {LIMIT:g} nats, {saved} or {what}{cache.cache:.0%} of the KV cache at most"
 
 
