@@ -229,7 +229,7 @@ class Page {
     const data = this.get("map"), { part } = this;
     if (!data.rows) return;
     part.title.textContent = data.title;
-    const width = (this.width = part.map.clientWidth || 700), left = width < 420 ? 52 : 66, n = data.layers;
+    const width = (this.width = part.map.clientWidth || 700), left = width < 420 ? 62 : 66, n = data.layers;
     const column = (this.column = (width - left) / n), height = 22, top = 14;
     this.place = (layer) => left + layer * column;
     part.map.setAttribute("viewBox", `0 0 ${width} ${top + 3 * (height + 2) + 26}`);
