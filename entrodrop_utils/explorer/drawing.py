@@ -179,7 +179,7 @@ def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[st
     rate, better = loaded.known("speed", drop), loaded.better_than(drop, settings)
     known_repair, repaired = loaded.known_repair(drop, made, settings)
     increase = f" ({cost.loss.mean - dense.loss.mean:+.2f})" if drop and cost and dense else ""
-    factor = f" (× {_short(math.exp(cost.loss.mean - dense.loss.mean))})" if drop and cost and dense else ""
+    factor = f" (×\u00a0{_short(math.exp(cost.loss.mean - dense.loss.mean))})" if drop and cost and dense else ""
     share = (
         {name: f" ({getattr(size, name) / getattr(whole, name) - 1:+.0%})" for name in size._fields}
         if drop and size and whole

@@ -404,13 +404,17 @@ class Page {
     this.pointer();
   }
 
-  frame(svg, title, xName, yName) {
-    const width = svg.clientWidth || 420, height = 172, box = { left: 50, right: width - 14, top: 30, bottom: height - 30 };
+  /** An empty chart under its title and the keys of its lines. */
+  frame(svg, title, xName, yName, keys) {
+    const width = svg.clientWidth || 420, top = 32 + 13 * keys.length, height = top + 128;
+    const box = { left: 50, right: width - 14, top, bottom: height - 30 };
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.setAttribute("aria-label", title);
     svg.replaceChildren(
       draw("text", { x: 4, y: 13, class: "ed-chart-title" }, title),
-      draw("text", { x: 4, y: 26, class: "ed-axis" }, yName),
+      ...keys.flatMap(([name, text], i) => [draw("path", { d: `M4 ${22 + i * 13}h16`, class: `ed-curve ed-${name}` }),
+        draw("text", { x: 25, y: 25.5 + i * 13, class: "ed-axis" }, text)]),
+      draw("text", { x: 4, y: top - 6, class: "ed-axis" }, yName),
       draw("text", { x: box.right, y: height - 3, "text-anchor": "end", class: "ed-axis" }, xName),
       draw("path", { d: `M${box.left} ${box.top}V${box.bottom}H${box.right}`, class: "ed-frame" }));
     return box;
@@ -418,7 +422,8 @@ class Page {
 
   entropyChart(data, svg) {
     const n = (data.dense.length - 1) / 2;
-    const box = this.frame(svg, `${data.entropy} entropy of the residual stream`, "layers passed", "nats");
+    const box = this.frame(svg, `${data.entropy} entropy of the residual stream`, "layers passed", "nats",
+      [["dense", "dense"], ...(data.pruned ? [["pruned", "without what is dropped"]] : [])]);
     const values = [...data.dense, ...(data.pruned ?? [])], [low, high] = [Math.min(...values), Math.max(...values)];
     const x = (i) => box.left + (i / 2 / n) * (box.right - box.left);
     const y = (value) => box.bottom - ((value - low) / (high - low || 1)) * (box.bottom - box.top - 8);
@@ -427,11 +432,11 @@ class Page {
     const line = (points, name) => draw("path", { class: `ed-curve ed-${name}`, d: points.map((v, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(v).toFixed(1)}`).join("") });
     svg.append(draw("rect", { class: "ed-layer-mark", x: 0, y: box.top, width: x(2) - x(0), height: box.bottom - box.top, visibility: "hidden" }),
       line(data.dense, "dense"), ...(data.pruned ? [line(data.pruned, "pruned")] : []));
-    this.key(svg, box, [["dense", "dense"], ...(data.pruned ? [["pruned", "without what is dropped"]] : [])]);
   }
 
   costChart(data, svg) {
-    const box = this.frame(svg, `cost on ${data.evaluation}`, "number dropped", "loss increase, nats per token (square-root scale)");
+    const box = this.frame(svg, `cost on ${data.evaluation}`, "number dropped", "loss increase, nats per token (square-root scale)",
+      [...data.lines.map((line, i) => [`line-${i % 5}`, line.name]), ...(data.random.length ? [["random-key", "random choices: range and median"]] : [])]);
     const all = [...data.lines.flatMap((line) => line.points.map((p) => p[1])), ...data.random.map((r) => r[3])];
     const most = Math.max(0.1, ...all.filter((v) => v !== null)), count = Math.max(1, data.most, ...data.lines.flatMap((l) => l.points.map((p) => p[0])));
     const x = (n) => box.left + (n / (count + 0.5)) * (box.right - box.left);
@@ -449,7 +454,6 @@ class Page {
     const n = this.get("choice").n, here = data.lines[0].points.find((p) => p[0] === n);
     if (here) svg.append(draw("rect", { x: x(n) - 4.5, y: y(here[1]) - 4.5, width: 9, height: 9, class: "ed-here" }));
     svg.append(draw("path", { class: "ed-order-mark", d: `M0 ${box.top}V${box.bottom}`, visibility: "hidden" }));
-    this.key(svg, box, [...data.lines.map((line, i) => [`line-${i % 5}`, line.name]), ...(data.random.length ? [["random-key", "random choices: range, median"]] : [])]);
   }
 
   ticks(svg, box, x, columns, y, rows) {
@@ -457,13 +461,6 @@ class Page {
     for (const value of rows)
       svg.append(draw("path", { d: `M${box.left} ${y(value)}H${box.right}`, class: "ed-grid" }),
         draw("text", { x: box.left - 5, y: y(value) + 3.5, "text-anchor": "end", class: "ed-axis" }, String(value)));
-  }
-
-  key(svg, box, entries) {
-    entries.forEach(([name, text], i) => {
-      const y = box.top + 8 + i * 13;
-      svg.append(draw("path", { d: `M${box.left + 8} ${y}h14`, class: `ed-curve ed-${name}` }), draw("text", { x: box.left + 26, y: y + 3.5, class: "ed-axis ed-key" }, text));
-    });
   }
 
   // --- table
@@ -485,7 +482,7 @@ class Page {
   text() {
     const { tokens } = this.get("reading"), { part } = this;
     if (!tokens) return;
-    if (this.token === null || this.token >= tokens.length) this.token = tokens.length - 1;
+    if (this.token === null || !tokens[this.token]) this.token = tokens.length - 1;
     part.tokens.replaceChildren(...tokens.map(([text, dense, pruned], i) => {
       const more = pruned - dense, known = dense !== null && pruned !== null;
       const tone = known ? Math.min(1, Math.abs(more) / 4) : 0;
@@ -511,7 +508,7 @@ class Page {
     const column = (name, rows) => element("table", {}, element("caption", {}, name), ...(rows?.[this.token] ?? []).map(([token, p]) =>
       element("tr", {}, element("td", {}, JSON.stringify(token).slice(1, -1)), element("td", {},
         element("span", { class: "ed-p", style: `width: ${Math.round(60 * p)}px` }), ` ${(100 * p).toFixed(0)}%`))));
-    this.part.nexts.replaceChildren(element("div", { class: "ed-after" }, tokens.length ? `after “${tokens[this.token][0].trim()}”` : ""),
+    this.part.nexts.replaceChildren(element("div", { class: "ed-after" }, tokens[this.token] ? `after “${tokens[this.token][0].trim()}”` : ""),
       column("dense", dense), column("pruned", pruned));
   }
 
