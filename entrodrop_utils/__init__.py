@@ -20,6 +20,7 @@ _MODULES = {
     "one_shot": "selection",
     "two_stage": "selection",
     "dropped": "dropping",
+    "repair": "repairing",
     "load_model": "models",
     "windows": "text",
     "perplexity": "evaluation",

@@ -20,6 +20,7 @@ import xxhash
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from .dropping import Repair
 from .families.decoder import decoder_layers
 from .files import replacing
 from .paths import CACHE, PACKAGE
@@ -149,6 +150,14 @@ def model_key(model: nn.Module, *modules: str) -> str | None:
     with suppress(NotCacheable):
         return key(code(*modules), fingerprint(model))
     return None
+
+
+def repaired(base: str | None, repair: Repair | None) -> str | None:
+    """The key of a value that also depends on what replaces dropped sub-blocks."""
+    if repair is None:
+        return base
+    maps = (f"{s} {name} {tensor_digest(value)}" for s, own in repair.maps.items() for name, value in own.items())
+    return subkey(base, *maps, *(f"{name} {tensor_digest(value)}" for name, value in repair.changed.items()))
 
 
 def subkey(base: str | None, *parts: object) -> str | None:

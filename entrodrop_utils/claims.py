@@ -12,8 +12,13 @@ from .statistics import Interval, mean_interval, verdict
 
 COLUMNS = ("claim", "source", "published", "measured", "low", "high", "goal", "verdict", "evidence")
 MEASURED = "; measured: "  # between a claim and its quantity
-BENCHMARKS, HOME_MADE, HELD_OUT = EVIDENCE = ("public benchmarks", "home-made tasks", "held-out text")  # strongest first
-SIZES = ("paper", "default")  # of runs, the one with more text first
+BENCHMARKS, HOME_MADE, HELD_OUT, CALIBRATION = EVIDENCE = (  # strongest first
+    "public benchmarks",
+    "home-made tasks",
+    "held-out text",
+    "calibration text",
+)
+SIZES = ("paper", "default", "large")  # of runs, the one with more text or draws first
 SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the first that is there counts
     "bucket entropy falls, then rises": r"^bucket entropy falls.*then rises(?!.*without)",
     "KNN entropy falls, then rises": r"^knn entropy falls.*then rises(?!.*without)",

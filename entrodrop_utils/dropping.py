@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -19,18 +19,45 @@ from .residual import SubBlock, find, layout_of
 
 @dataclass(frozen=True)
 class Repair:
-    """What replaces dropped attention layers and MLPs (``repair.repair`` fits it).
+    """What replaces dropped sub-blocks (``repairing.repair`` fits it).
 
     Attributes:
-        maps: sub-block -> the affine map of its input whose value is added to the stream in its place: ``bias`` (dim), and for a
-            linear repair ``weight`` (dim, dim), or ``down`` (rank, dim) and ``up`` (dim, rank). A drop uses those it needs.
+        maps: sub-block -> the affine map whose value is added to the stream in its place: ``bias`` (dim); ``weight`` (dim, dim), or
+            ``down`` (rank, dim) and ``up`` (dim, rank), of the branch's input; or ``patch`` (dim, dim), of the stream. A drop uses
+            those it needs.
         about: what it is and how it was fitted, for the model card.
         fit: one row per map, where it was fitted.
+        changed: name of a weight in the list of decoder layers ("4.mlp.down_proj.weight") -> its new value. Nothing is added to
+            the model.
+        drop_set: the sub-blocks, sorted, for which the weights were changed; it repairs no other set.
     """
 
     maps: Mapping[SubBlock, Mapping[str, Tensor]]
     about: str = ""
     fit: pd.DataFrame | None = None
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    drop_set: tuple[SubBlock, ...] = ()
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether every layer is repaired by what stands in that layer, so that layers can run by themselves."""
+        return not self.changed and not any("patch" in maps for maps in self.maps.values())
+
+    def check(self, drop_set: Iterable[SubBlock]) -> None:
+        """Refuse a set that it does not repair. Raises ValueError with the sub-block."""
+        if self.changed and tuple(sorted(drop_set)) != self.drop_set:
+            fitted = ", ".join(map(str, self.drop_set))
+            raise ValueError(f"the repair changes weights for the drop of {fitted}: fit it again for another set")
+        if missing := [sub_block for sub_block in drop_set if sub_block not in self.maps]:
+            raise ValueError(f"the repair has nothing in place of {missing[0]}: fit it on all sub-blocks to drop")
+
+
+def as_branches(drop_set: list[SubBlock], repair: Repair | None) -> list[SubBlock]:
+    """The set, with the attention and MLP of a block in place of a block that leaves a patch: the patch needs a layer to be in."""
+    patched = [s for s in drop_set if repair and s.kind == "block" and repair.maps[s]]
+    return [
+        part for s in drop_set for part in ([SubBlock(s.layer, "attention"), SubBlock(s.layer, "mlp")] if s in patched else [s])
+    ]
 
 
 def check_drop_set(model: PreTrainedModel, sub_blocks: Iterable[SubBlock]) -> list[SubBlock]:
@@ -71,20 +98,23 @@ def apply_drop(model: PreTrainedModel, drop_set: list[SubBlock], repair: Repair 
     Raises:
         ValueError, RuntimeError, UnsupportedModel: as ``dropped``.
     """
-    if repair is not None and (missing := [sub_block for sub_block in drop_set if sub_block not in repair.maps]):
-        raise ValueError(f"the repair has nothing in place of {missing[0]}: fit it on all attention layers and MLPs to drop")
-    for kind in dict.fromkeys(kind for _, kind in drop_set):
+    if repair is not None:
+        repair.check(drop_set)
+    for kind in dict.fromkeys(kind for _, kind in as_branches(drop_set, repair)):
         _verify_edit(model, kind)
     return _edit(model, drop_set, repair)
 
 
 def _bypasses(model: PreTrainedModel, sub_block: SubBlock, repair: Repair | None) -> Iterator[tuple[str, Bypass]]:
     """(path in the layer, bypass) of every module of a branch that is dropped. A linear repair reads what the branch read, so the
-    norm of its input stays.
+    norm of its input stays. The patch of a block is in its attention.
     """
     layout, layer = layout_of(model), decoder_layers(model)[sub_block.layer]
     weight = next((weight for weight in layer.parameters() if not weight.is_meta), torch.empty(0, dtype=model.dtype))
-    maps = {name: value.to(weight, copy=True) for name, value in (repair.maps[sub_block] if repair else {}).items()}
+    own = repair.maps.get(sub_block, {}) if repair else {}
+    if repair and sub_block.kind == "attention":
+        own = own or repair.maps.get(SubBlock(sub_block.layer, "block"), {})
+    maps = {name: value.to(weight, copy=True) for name, value in own.items()}
     for number, (path, returns) in enumerate(layout.branch(sub_block.kind).items()):
         if number == 0:
             yield path, Bypass(returns, maps)
@@ -94,7 +124,13 @@ def _bypasses(model: PreTrainedModel, sub_block: SubBlock, repair: Repair | None
 
 def _edit(model: PreTrainedModel, drop_set: list[SubBlock], repair: Repair | None = None) -> Edit:
     edit, layout, layers = Edit(), layout_of(model), decoder_layers(model)
+    drop_set = as_branches(drop_set, repair)
     try:
+        for name, value in repair.changed.items() if repair else ():
+            path, _, own = name.rpartition(".")
+            module = layers.get_submodule(path)
+            weight = getattr(module, own)
+            edit.set(module, own, nn.Parameter(value.to(weight, copy=True), requires_grad=weight.requires_grad))
         for sub_block in drop_set:
             for path, bypass in _bypasses(model, sub_block, repair) if sub_block.kind != "block" else ():
                 parent, _, name = path.rpartition(".")

@@ -1,30 +1,31 @@
 """Entropy estimators of hidden states, in nats: pure functions of ``Float[Tensor, "*batch token dim"]``.
 
 The tokens of one sequence are the samples, the model's width is the dimension. Every estimator is batched over all
-leading dimensions, accumulates in float64 and returns one number per sequence. Bucket, KNN and Renyi are those of
-"Entropy-Based Block Pruning for Efficient Large Language Models" (arXiv 2504.03794); ``official=True`` gives
-the constants of its published code where they differ from the textbook's.
+leading dimensions, computes in float64 (``knn`` of wide states in part in float32) and returns one number per sequence.
+Bucket, KNN and Renyi are those of "Entropy-Based Block Pruning for Efficient Large Language Models" (arXiv 2504.03794);
+``official=True`` gives the constants of its published code where they differ from the textbook's.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import numpy as np
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 
-def _checked(x: Num[Tensor, "*batch token dim"], needs: int = 2) -> Float[Tensor, "*batch token dim"]:
-    """The states as a floating tensor of at least float32, or a ValueError that names their fault."""
+def _checked(x: Num[Tensor, "*batch token dim"], values: bool = True) -> Float[Tensor, "*batch token dim"]:
+    """The states as a floating tensor of at least float32, or a ValueError that names their fault, in their values too if asked."""
     if not x.is_floating_point():
         raise ValueError(f"hidden states must be floating point, got {x.dtype}: token ids have no entropy of this kind")
-    if x.ndim < 2 or x.shape[-2] < needs or x.shape[-1] < 1:
-        raise ValueError(f"need at least {needs} tokens and one dimension (*batch, token, dim), got shape {tuple(x.shape)}")
+    if x.ndim < 2 or x.shape[-2] < 2 or x.shape[-1] < 1:
+        raise ValueError(f"need at least 2 tokens and one dimension (*batch, token, dim), got shape {tuple(x.shape)}")
     # A finite sum has only finite terms, and testing every term costs more than the rest of the bucket estimate
-    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+    if values and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         raise ValueError(f"hidden states hold {int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}")
     # Half-precision values often lie exactly on a bin's edge, where float32 rounding would decide
     return x if x.dtype in (torch.float32, torch.float64) else x.double()
@@ -47,36 +48,67 @@ def shared() -> Iterator[None]:
         _SHARED.reset(token)
 
 
-def _once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function, with its results kept while ``shared`` is open."""
+def _once(function: Callable) -> Callable:
+    """The function of a tensor, with its results kept while ``shared`` is open."""
 
     @functools.wraps(function)
-    def cached(x: Tensor) -> Tensor:
+    def cached(x: Tensor, *more: Hashable) -> Tensor | tuple[Tensor, ...]:
         if (results := _SHARED.get()) is None:
-            return function(x)
+            return function(x, *more)
         # Addresses identify tensors as long as all of them are held
-        key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+        key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, more
         if key not in results:
-            results[key] = x, function(x)
+            results[key] = x, function(x, *more)
         return results[key][1]
 
     return cached
 
 
+ROWS, COLUMNS = 64, 1024  # of a block of a product of states on a CPU
+# Above so many dimensions, KNN radii come from float32 products on a CPU (a GPU may give these fewer digits), unless a squared
+# radius is below this share of its token's squared norm: radii then keep five digits, and the mean of their logarithms seven.
+WIDE, CLOSE = 1024, 0.01
+
+
 @_once
+def _products(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> Float[Tensor, "*batch token token"]:
+    """Products of the centred tokens with each other, multiplied and summed in a dtype, returned in float64."""
+    *batch, tokens, dim = x.shape
+    mean = x.mean(-2, keepdim=True, dtype=dtype)
+    if x.device.type != "cpu":
+        centred = x - mean
+        return (centred @ centred.mT).double()
+    # The product is symmetric: what is below the diagonal is copied. A part of the dimensions is centred at a time, so that it
+    # stays in the processor's cache; its rows are no power of two apart, so that they do not displace each other there.
+    grams = torch.zeros(math.prod(batch), tokens, tokens, dtype=dtype)
+    memory = torch.empty(tokens, min(dim, COLUMNS) + 16, dtype=dtype)
+    for gram, state, centre in zip(grams, x.reshape(-1, tokens, dim), mean.view(-1, 1, dim), strict=True):
+        for start in range(0, dim, COLUMNS):
+            part = slice(start, min(start + COLUMNS, dim))
+            centred = memory[:, : part.stop - start].copy_(state[:, part]).sub_(centre[:, part])
+            for row in range(0, tokens, ROWS):
+                gram[row : row + ROWS, row:].addmm_(centred[row : row + ROWS], centred[row:].T)
+        for row in range(ROWS, tokens, ROWS):
+            gram[row : row + ROWS, :row] = gram[:row, row : row + ROWS].T
+    return grams.view(*batch, tokens, tokens).double()
+
+
+@_once
+def _distances(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Squared distances (token token) and the squared norms of the centred tokens, from products in a dtype."""
+    gram = _products(x, dtype)
+    norm = gram.diagonal(dim1=-2, dim2=-1)
+    return torch.add(norm.unsqueeze(-1) + norm.unsqueeze(-2), gram, alpha=-2), norm
+
+
 def squared_distances(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
     """Pairwise squared Euclidean distances in float64; exact zero between duplicates.
 
     The states are centred first: they share a large mean, and a matrix product of uncentred float32 states loses the whole
     distance. A distance below the rounding error of the product is that of a duplicate, and is set to 0.
     """
-    x = x.double()
-    x = x - x.mean(-2, keepdim=True)
-    gram = x @ x.mT
-    norm = gram.diagonal(dim1=-2, dim2=-1)
-    scale = norm.unsqueeze(-1) + norm.unsqueeze(-2)
-    d2 = gram.mul_(-2).add_(scale)
-    return d2.masked_fill_(d2 <= scale.mul_(1e-12), 0.0)
+    d2, norm = _distances(x, torch.float64)
+    return d2.masked_fill(d2 <= 1e-12 * (norm.unsqueeze(-1) + norm.unsqueeze(-2)), 0.0)
 
 
 def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, "*batch"]:
@@ -131,20 +163,34 @@ def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False)
     Raises:
         ValueError: k out of range, fewer than two tokens, NaN or inf, integer states, all tokens identical.
     """
-    x = _checked(x)
+    x = _checked(x, values=False)
     tokens, dim = x.shape[-2:]
     if not 1 <= k < tokens or k % 1:
         raise ValueError(f"k must be a whole number between 1 and token - 1 = {tokens - 1}, got {k}")
     k = int(k)
-    d2 = squared_distances(x)
-    rank = (d2 == 0).sum(-1).clamp(min=k)  # rank 0 is the token itself: the first neighbour that differs, or k
-    if (rank == tokens).any():
-        raise ValueError(f"all {tokens} tokens of a sequence are identical: their differential entropy is minus infinity")
-    nearest = d2.topk(int(rank.max()) + 1, largest=False).values
-    log_radius = 0.5 * nearest.gather(-1, rank.unsqueeze(-1)).squeeze(-1).log()
+    rank = torch.full(x.shape[:-1], k, device=x.device)  # rank 0 is the token itself
+    fast = x.dtype == torch.float32 and x.device.type == "cpu" and dim > WIDE
+    d2, norm = _distances(x, torch.float32 if fast else torch.float64)
+    nearest = _ranked(d2, rank)
+    if not (nearest > CLOSE * norm).all():  # close or equal tokens, or NaN
+        d2 = squared_distances(_checked(x))
+        rank = (d2 == 0).sum(-1).clamp(min=k)  # the first neighbour that differs, or k
+        if (rank == tokens).any():
+            raise ValueError(f"all {tokens} tokens of a sequence are identical: their differential entropy is minus infinity")
+        nearest = _ranked(d2, rank)
+    log_radius = 0.5 * nearest.log()
     count = (lambda n: n.double().log()) if official else (lambda n: torch.special.digamma(n.double()))
     log_ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1)
     return (dim * log_radius - count(rank)).mean(-1) + log_ball + count(torch.tensor(tokens, device=x.device))
+
+
+def _ranked(d2: Float[Tensor, "*batch token token"], rank: Int[Tensor, "*batch token"]) -> Float[Tensor, "*batch token"]:
+    """The element of each row with that rank, from 0."""
+    if d2.device.type == "cpu" and not d2.requires_grad:  # numpy selects with vector instructions, in a fifth of the time
+        rows = torch.from_numpy(np.partition(d2.numpy(), rank.unique().numpy(), axis=-1))
+    else:
+        rows = d2.topk(int(rank.max()) + 1, largest=False).values
+    return rows.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
 
 
 def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tensor, "*batch"]:
@@ -171,14 +217,16 @@ def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tenso
 @_once
 def _log_kernel(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
     """Log of the Gaussian kernel between standardised tokens, its sigma their median distance."""
-    x = x.double()
+    x = x.double()  # once: operations that convert one operand are slower than two
     centred = x - x.mean(-2, keepdim=True)
-    std = x.std(-2, keepdim=True)
-    d2 = squared_distances(torch.where(std > 0, centred / std, 0.0))
+    std = (centred.square().sum(-2, keepdim=True) / (x.shape[-2] - 1)).sqrt()
+    varies = x.amax(-2, keepdim=True) > x.amin(-2, keepdim=True)
+    x = torch.where(varies, centred / std, 0.0)
     upper = torch.triu_indices(x.shape[-2], x.shape[-2], offset=1, device=x.device)
-    sigma2 = d2[..., upper[0], upper[1]].sqrt().median(-1).values.square()[..., None, None]
+    d2 = squared_distances(x)
+    sigma2 = d2[..., upper[0], upper[1]].median(-1).values
     # sigma = 0: more than half of the pairs coincide; only they keep K = 1, whatever the bandwidth
-    return torch.where(d2 > 0, -d2 / (2 * sigma2), 0.0)
+    return torch.where(d2 > 0, -d2 / (2 * sigma2[..., None, None]), 0.0)
 
 
 def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
@@ -195,11 +243,10 @@ def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
     Raises:
         ValueError: fewer than two tokens, NaN or inf, integer states, all tokens identical.
     """
-    x = _checked(x).double()
+    x = _checked(x)
     tokens, dim = x.shape[-2:]
-    x = x - x.mean(-2, keepdim=True)
-    # tokens x tokens or dim x dim, whichever is smaller: both have the same non-zero eigenvalues
-    gram = (x @ x.mT if tokens < dim else x.mT @ x) / tokens
+    # Tokens x tokens or dim x dim, whichever is smaller: both have the same non-zero eigenvalues
+    gram = (_products(x, torch.float64) if tokens < dim else _covariance(x)) / tokens
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if (trace == 0).any():
         raise ValueError(f"all {tokens} tokens of a sequence are identical: their Gaussian entropy is minus infinity")
@@ -211,6 +258,13 @@ def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
     inner = eye + ((1 - shrink) / floor)[..., None, None] * gram
     log_det = dim * floor.log() + 2 * torch.linalg.cholesky(inner).diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return 0.5 * (dim * math.log(2 * math.pi * math.e) + log_det)
+
+
+@_once
+def _covariance(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch dim dim"]:
+    """Products of the centred dimensions with each other, in float64."""
+    centred = x.double() - x.mean(-2, keepdim=True, dtype=torch.float64)
+    return centred.mT @ centred
 
 
 def matrix_renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Float[Tensor, "*batch"]:
@@ -238,8 +292,13 @@ def matrix_renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Floa
 @_once
 def _spectrum(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch eigenvalue"]:
     """Eigenvalues of the token Gram matrix, which sum to 1; those of the covariance are the same but for zeros."""
-    x = x.double()
-    gram = x @ x.mT if x.shape[-2] < x.shape[-1] else x.mT @ x
+    mean = x.mean(-2, keepdim=True, dtype=torch.float64)
+    if x.shape[-2] < x.shape[-1]:
+        parts = zip(x.split(COLUMNS, -1), mean.split(COLUMNS, -1), strict=True)
+        along = sum(part.double() @ centre.mT for part, centre in parts)
+        gram = _products(x, torch.float64) + (along + along.mT - mean @ mean.mT)
+    else:
+        gram = _covariance(x) + x.shape[-2] * mean.mT @ mean
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if (trace == 0).any():
         raise ValueError("all states of a sequence are zero: their Gram matrix has no trace to normalise by")

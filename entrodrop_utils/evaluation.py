@@ -129,9 +129,7 @@ def losses_by_set(
     named, batches = {set_name(drop_set): drop_set for drop_set in distinct_sets(model, sets)}, _batches(windows)
     tables, first = [], 0
     with Bar(len(named) * len(batches), "evaluating sets") as done:
-        base = cache.model_key(model, "evaluation")
-        if repair:
-            base = cache.subkey(base, *(f"{s} {n} {cache.tensor_digest(v)}" for s, m in repair.maps.items() for n, v in m.items()))
+        base = cache.repaired(cache.model_key(model, "evaluation"), repair)
         for ids in batches:
 
             def compute(missing: list[str], ids=ids) -> pd.DataFrame:

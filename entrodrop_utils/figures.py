@@ -84,9 +84,9 @@ def label_ends(axis: Axes, gap: float = 0.09, side: float = 1.0) -> None:
 
 def barcode(axis: Axes, chosen: Iterable[int], n_layers: int, height: float, colour: str) -> None:
     """The chosen layers as bars over the relative depth, on a row at ``height``; the other layers are pale."""
-    chosen = set(chosen)
-    for layer in range(n_layers):
-        axis.barh(height, 0.86 / n_layers, 0.8, (layer + 0.07) / n_layers, color=colour if layer in chosen else "#eeeeee")
+    width = 1 / n_layers
+    for layers, shade in ((range(n_layers), "#eeeeee"), (chosen, colour)):
+        axis.broken_barh([((layer + 0.05) * width, 0.9 * width) for layer in layers], (height - 0.38, 0.76), color=shade)
 
 
 def log_axis(axis: Axes) -> None:

@@ -46,6 +46,8 @@ class LayerwiseForward:
         repair: Repair | None = None,
         **inputs: Tensor,
     ):
+        if repair is not None and not repair.by_layer:
+            raise ValueError("a repair that changes other layers needs whole passes: evaluate inside `dropped(model, set, repair)`")
         self.model, self.ids, self.calls, self.more, self.repair = model, ids, [], None, repair
         handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in decoder_layers(model)]
         try:

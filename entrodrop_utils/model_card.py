@@ -60,6 +60,20 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
     ]
 
 
+def _how_to_run() -> list[str]:
+    """Commands for the programs that serve models; each says what it cannot hold of this model."""
+    export = "python -m entrodrop_utils.export"
+    return [
+        "With `entrodrop_utils` installed (its `export/README.md` says what each program holds of which family):",
+        "",
+        "```sh",
+        f'{export} gguf "this folder" model.gguf && llama-cli -m model.gguf     # llama.cpp, Ollama, LM Studio',
+        f'{export} vllm "this folder" for-vllm && vllm serve ./for-vllm --trust-remote-code',
+        f'{export} mlx "this folder" for-mlx && mlx_lm.generate --model ./for-mlx --prompt "Hello"',
+        "```",
+    ]
+
+
 def render_card(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> str:
     """The model card in Markdown, with the metadata that model hubs read; ``tokenizer`` says whether the folder holds one."""
     record = getattr(model.config, RECORD, None) or {"layers": 0, "kept": [], "dropped": [], "bypasses": {}, "fitted": []}
@@ -82,5 +96,7 @@ def render_card(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> 
         where = f" on {card.evaluation}" if card.evaluation else ""
         lines += ["", f"Perplexity{where}: {card.perplexity_before:.2f} before, {card.perplexity_after:.2f} after."]
     lines += ["", "## How to load it", "", *_how_to_load(model, bool(record["bypasses"]), tokenizer)]
+    if model.can_generate() and record["dropped"]:
+        lines += ["", "## How to run it elsewhere", "", *_how_to_run()]
     lines += ["", "Method: EntroDrop ([arXiv 2504.03794](https://arxiv.org/abs/2504.03794)) and its baselines."]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .dropping import Repair, apply_drop, check_drop_set
+from .dropping import Repair, apply_drop, as_branches, check_drop_set
 from .families.decoder import decoder_layers
 from .families.modeling_entrodrop import RECORD, VERSION, EntroDropConfig, build, is_bypass, pruned_class
 from .model_card import Card, render_card
@@ -58,9 +58,10 @@ def remove(model: PreTrainedModel, sub_blocks: Iterable[SubBlock], repair: Repai
         return model
     depth = len(decoder_layers(model))
     record = getattr(model.config, RECORD, None) or {"layers": depth, "kept": list(range(depth)), "dropped": []}
-    blocks = {layer for layer, kind in drop_set if kind == "block"}
-    edit, family = apply_drop(model, drop_set, repair), type(model)
     names = ", ".join(str(SubBlock(record["kept"][layer], kind)) for layer, kind in drop_set)
+    edit, family = apply_drop(model, drop_set, repair), type(model)
+    drop_set = as_branches(drop_set, repair)
+    blocks = {layer for layer, kind in drop_set if kind == "block"}
     try:
         bypasses = {name: part for name, part in model.named_modules() if is_bypass(part)}
         shapes = {name: {key: list(value.shape) for key, value in part.named_parameters()} for name, part in bypasses.items()}

@@ -10,18 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64: 1 - cos in half precision is quantised at the size of the differences that decide a ranking."""
-    x, y = x.double(), y.double()
-    for name, state in (("input", x), ("output", y)):
-        if not torch.isfinite(state).all():
-            raise ValueError(f"the {name} states hold NaN or infinite values")
-    return x, y
+def _squares(x: Float[Tensor, "*batch token dim"], name: str) -> Float[Tensor, "*batch token"]:
+    """The squared norms of tokens."""
+    squares = torch.linalg.vecdot(x, x)
+    if not torch.isfinite(squares).all() and not torch.isfinite(x).all():
+        raise ValueError(f"the {name} states hold NaN or infinite values")
+    return squares
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    x, y = _pair(x, y)
-    return torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=1e-300)
+    """In float64: 1 - cos in half precision is quantised at the size of the differences that decide a ranking."""
+    x, y = x.double(), y.double()
+    norms = _squares(x, "input").sqrt() * _squares(y, "output").sqrt()
+    return torch.linalg.vecdot(x, y) / norms.clamp(min=1e-300)
 
 
 def cosine(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
@@ -40,8 +41,8 @@ def angular(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token
 
 def norm_ratio(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
     """Mean over tokens of |out - in| / |in|: the size of what a sub-block adds, relative to the stream it adds to."""
-    x, y = _pair(x, y)
-    return ((y - x).norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-300)).mean(-1)
+    x, y = x.double(), y.double()
+    return (_squares(y - x, "output") / _squares(x, "input").clamp(min=1e-300)).sqrt().mean(-1)
 
 
 SIMILARITIES = {"cosine": cosine, "angular": angular, "norm_ratio": norm_ratio}

@@ -27,7 +27,7 @@ class Interval(NamedTuple):
         estimate, low, high = (f"{value:{spec}}" for value in self)
         if spec.endswith("g"):  # without exponents below a million
             estimate, low, high = (f"{float(text):g}" for text in (estimate, low, high))
-        return f"{estimate} [{low}, {high}]"
+        return estimate if np.isnan([self.low, self.high]).any() else f"{estimate} [{low}, {high}]"
 
 
 def mean_ends(values: Float[np.ndarray, "unit *rest"], confidence: float = CONFIDENCE) -> tuple:
@@ -92,11 +92,12 @@ def half_interval(estimate: float, halves: Float[np.ndarray, "draw"], n_units: i
     """The interval of a statistic from its values on halves of the units: estimate +- t * root mean square deviation of a half.
 
     The deviation is that from the estimate, so it holds the bias which noise gives to an agreement of rankings. The ends are not
-    moved into the range of the statistic; for fewer than two units they are nan.
+    moved into the range of the statistic. They are nan for fewer than two units, and where every half gives the estimate: the
+    statistic is too coarse for its spread to be seen.
     """
-    if n_units < 2:
-        return Interval(float(estimate), float("nan"), float("nan"))
     deviation = np.sqrt(np.mean((np.asarray(halves) - estimate) ** 2))
+    if n_units < 2 or deviation == 0:
+        return Interval(float(estimate), float("nan"), float("nan"))
     width = stats.t.ppf(0.5 + CONFIDENCE / 2, n_units - 1) * deviation
     return Interval(float(estimate), float(estimate - width), float(estimate + width))
 

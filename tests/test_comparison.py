@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from entrodrop_utils.residual import SubBlock
-from entrodrop_utils.statistics import Interval
+from entrodrop_utils.statistics import Interval, half_means
 from entrodrop_utils.studies import comparison, methods
 from entrodrop_utils.studies.methods import Method
 
@@ -90,3 +90,24 @@ def test_random_choices_are_measured_at_the_compared_numbers_only():
     kept = comparison.to_measure(choices, [8], {"attention": 3, "mlp": 1})
     assert [choice for choice in kept if choice[1] == COSINE] == [c for c in choices if c[1] == COSINE]
     assert [(kind, m.draw, n) for kind, m, n in kept if m != COSINE] == [*(("attention", d, 8) for d in range(3)), ("mlp", 0, 8)]
+
+
+def test_choices_from_halves_are_those_of_the_halves_own_means():
+    generator = np.random.default_rng(3)
+    values = generator.normal(np.linspace(0, 1, 8), 0.5, (10, 8))
+    places = [(s, layer, values[s, layer]) for s in range(10) for layer in range(8)]
+    scores = pd.DataFrame(places, columns=["sequence", "layer", "value"]).assign(kind="attention", metric="bucket")
+    sets = comparison.chosen_from_halves(scores, ["bucket"], "attention", 3, protected=[0], draws=6)
+    assert list(sets) == [("bucket", draw) for draw in range(-1, 6)]
+    by_hand = [values.mean(0), *half_means(values, 6)]
+    for (_, drop_set), means in zip(sets.items(), by_hand, strict=True):
+        assert [sub_block.layer for sub_block in drop_set] == sorted(1 + np.argsort(means[1:])[:3])
+
+
+def test_the_uncertainty_of_a_choice_is_the_spread_of_the_halves_about_it():
+    whole, half, other = (tuple(SubBlock(layer, "attention") for layer in layers) for layers in ((1, 2), (1, 3), (4, 5)))
+    sets = {("knn", -1): whole, ("knn", 0): half, ("knn", 1): other, ("cosine", -1): half, ("cosine", 0): half, ("cosine", 1): half}
+    table = comparison.choice_table(sets, {whole: 1.0, half: 1.3, other: 0.6}, 24).set_index("metric")
+    width = stats.t.ppf(0.975, 23) * np.sqrt((0.3**2 + 0.4**2) / 2)
+    assert table.loc["knn"].tolist() == pytest.approx([1.0, 1 - width, 1 + width, 2, 0.25])
+    assert table.loc["cosine"].tolist() == pytest.approx([1.3, np.nan, np.nan, 1, 1], nan_ok=True)

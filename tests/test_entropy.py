@@ -94,6 +94,56 @@ def test_a_large_common_mean_costs_no_precision():
     assert torch.equal(entropy.squared_distances(shifted).diagonal(), torch.zeros(64, dtype=torch.float64))
 
 
+def exact_distances(x: Tensor) -> Tensor:
+    return torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def spoilt(how: str, tokens: int = 96, dim: int = 2048) -> Tensor:
+    """Float32 states that are wide enough for float32 products, and hard for them."""
+    x = normal(tokens, dim, seed=5).float()
+    if how == "one far token":
+        x[0, :3] = 3e5
+    elif how == "all but equal":
+        x = x[:1] + 1e-4 * x
+    elif how == "shifted":
+        x += 1e4
+    elif how == "equal tokens":
+        x[: tokens // 2] = x[0]
+    elif how == "past the squares of float32":
+        x *= 1e22
+    elif how == "a large shared dimension":
+        x[:, 7] += 1e5
+    elif how == "two clusters":
+        x[tokens // 2 :] += 1e3
+    return x
+
+
+HARD = (
+    "nothing", "one far token", "all but equal", "shifted", "equal tokens", "past the squares of float32",
+    "a large shared dimension", "two clusters",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HARD)
+def test_knn_of_wide_states_is_that_of_exact_distances(how):
+    x, k = spoilt(how), 25
+    tokens, dim = x.shape
+    sorted_distances = exact_distances(x).sort(-1).values
+    rank = (sorted_distances == 0).sum(-1).clamp(min=k)
+    radius = sorted_distances.gather(-1, rank[:, None])[:, 0]
+    log_ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
+    plain = float((dim * radius.log() - torch.from_numpy(digamma(rank.numpy()))).mean()) + log_ball + digamma(tokens)
+    assert float(entropy.knn(x)) == pytest.approx(plain, rel=1e-7)
+
+
+@pytest.mark.parametrize("how", HARD)
+def test_products_in_blocks_are_those_of_one_product(how):
+    for x in (spoilt(how), spoilt(how, 70, 1100), spoilt(how, 65, 8)):
+        centred = x.double() - x.double().mean(0)
+        whole, scale = centred @ centred.T, (centred @ centred.T).diagonal().sqrt()
+        assert (entropy._products(x, torch.float64) - whole).abs().le(1e-9 * scale.outer(scale) + 1e-12).all()
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_duplicate_tokens_use_the_nearest_that_differs(offset):
     x = torch.tensor([[0.0], [0.0], [0.0], [1.0], [3.0]]).double() + offset
@@ -231,16 +281,18 @@ SEVERAL = [(entropy.knn, "k", (1, 5, 25)), (entropy.renyi, "alpha", (1.01, 2.0, 
 
 
 def test_shared_work_changes_no_number_and_is_done_once(monkeypatch):
-    states = [normal(40, 16, seed=seed) for seed in range(6)]
+    states = [normal(40, 60, seed=seed) for seed in range(6)]
     parts = [part for x in states for part in (x, x[1:], x[:30])]  # views begin at the same address or share memory
     alone = [float(f(x, **{name: v})) for x in parts for f, name, values in SEVERAL for v in values]
     products = []
-    matmul = Tensor.__matmul__
-    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: products.append(1) or matmul(a, b))
+    addmm = Tensor.addmm_
+    monkeypatch.setattr(Tensor, "addmm_", lambda a, b, c: products.append(1) or addmm(a, b, c))
     with entropy.shared():
         together = [float(f(x, **{name: v})) for x in parts for f, name, values in SEVERAL for v in values]
+        for x in parts:
+            entropy.gaussian(x)
     assert together == alone
-    assert len(products) == len(parts) * len(SEVERAL)
+    assert len(products) == 2 * len(parts), "one of the states, for all but Renyi, and one of the standardised states"
 
 
 def test_nothing_is_remembered_outside():

@@ -208,7 +208,7 @@ def test_a_continuation_is_greedy_and_heard_as_it_comes(ranking, model):
 
 def test_a_repaired_loss_is_that_of_the_repaired_model(ranking, model, windows, held_out):
     drop = ranking.order[:2]
-    smaller = saving.remove(copy.deepcopy(model), drop, repair.repair(model, drop, windows))
+    smaller = saving.remove(copy.deepcopy(model), drop, repair(model, drop, windows))
     expected = evaluation.perplexity(smaller, held_out).mean
     assert ranking.loaded.repaired(drop, ranking.settings, ranking.settings).mean == pytest.approx(expected, rel=1e-5)
     assert ranking.loaded.repaired([SubBlock(2, "block")], ranking.settings, ranking.settings) is None
@@ -375,7 +375,8 @@ def test_drawings_name_every_number(explorer):
     (line,) = drawing.curves_of(ranking, choice, [])["lines"]
     assert [n for n, _ in line["points"]] == [0, 1]  # what was measured, and no more
     table = view.markdown(ranking, choice)
-    assert f"| perplexity | {dense['cells']['perplexity']} | {cost.loss.perplexity:.1f} (× {factor:.1f}) |" in table
+    perplexities = [row["cells"]["perplexity"].replace("\u00a0", " ") for row in (dense, now)]
+    assert f"| perplexity | {' | '.join(perplexities)} |" in table
     assert "linear repair" not in table  # which was not measured
     figure = view.picture(ranking, choice, [], "A sentence.")
     hatched = [bar for axis in figure.axes for bar in axis.patches if bar.get_hatch()]

@@ -14,7 +14,9 @@ from entrodrop_utils import dropping, evaluation, saving
 from entrodrop_utils.dropping import Repair
 from entrodrop_utils.families.decoder import UnsupportedModel, decoder_layers
 from entrodrop_utils.families.modeling_entrodrop import RECORD
-from entrodrop_utils.repair import HOW, LOOPS, Sums, repair
+from entrodrop_utils.repairing import LOOPS, repair
+from entrodrop_utils.repairing.fit import ONE_BRANCH as HOW
+from entrodrop_utils.repairing.sums import Sums
 from entrodrop_utils.residual import SubBlock, endpoints, find, layout_of, states
 
 ATTENTION, MLP, BLOCK = ((lambda layer, kind=kind: SubBlock(layer, kind)) for kind in ("attention", "mlp", "block"))

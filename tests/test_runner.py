@@ -1,6 +1,7 @@
 """The runner: refuses what does not exist, moves only what succeeded, gives the same bytes twice."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from entrodrop_utils import paths
 from entrodrop_utils import profile as profile_module
 from entrodrop_utils.profile import Profile, parameter_value
 from entrodrop_utils.runner import __main__ as runner_main
-from entrodrop_utils.runner import checks, index
+from entrodrop_utils.runner import checks, index, record
 from entrodrop_utils.runner import run as runner
 from entrodrop_utils.selection import count_of
 
@@ -77,6 +78,7 @@ def project(tmp_path, monkeypatch):
     for file in paths.SIZES.glob("*.yaml"):
         shutil.copy(file, tmp_path / "notebooks" / "sizes")
     (tmp_path / "README.md").write_text("before\n<!-- notebooks -->\nold\n<!-- /notebooks -->\nafter\n")
+    (tmp_path / "notebooks" / "README.md").write_text("<!-- answers -->\n<!-- /answers -->\n")
     nbformat.write(notebook(), tmp_path / "notebooks" / "99_small.ipynb")
     return tmp_path
 
@@ -92,7 +94,9 @@ def test_a_default_run_goes_into_place_and_gives_the_same_bytes_twice(project, c
     first = table.read_bytes(), book.read_bytes(), (project / "README.md").read_bytes()
     assert b"0.333333,25\n" in first[0]
     assert nbformat.read(book, 4).cells[0].source.endswith("> **Finding:** Seed 0 gives 0.5 [0.4, 0.6].")
-    assert "| [99 · A small notebook](notebooks/99_small.ipynb) | Seed 0 gives 0.5 [0.4, 0.6]. |" in first[2].decode()
+    assert "\n- [99 · A small notebook](notebooks/99_small.ipynb)\n" in first[2].decode()
+    answers = (project / "notebooks/README.md").read_text()
+    assert "| [99 · A small notebook](99_small.ipynb) | Seed 0 gives 0.5 [0.4, 0.6]. |" in answers
     assert first[2].decode().startswith("before\n")
     assert first[2].decode().endswith("after\n")
     assert run() == 0
@@ -197,7 +201,7 @@ def test_a_failed_run_moves_nothing(project, spoil, capsys):
     ("arguments", "says"),
     [
         (("nonsense", "default", "docs", 0, ""), "unknown model 'nonsense': choose one of smollm2-135m-instruct"),
-        (("smollm2-135m-instruct", "huge", "docs", 0, ""), "unknown size 'huge': choose one of default, paper, smoke"),
+        (("smollm2-135m-instruct", "huge", "docs", 0, ""), "unknown size 'huge': choose one of default, large, paper, smoke"),
         (("smollm2-135m-instruct", "default", "prose", 0, ""), "unknown text 'prose': choose docs"),
         (("smollm2-135m-instruct", "default", "docs", 0, "77"), "no notebook '77': choose from 99_small"),
     ],
@@ -401,7 +405,7 @@ def test_a_checkout_in_a_folder_with_an_odd_name_runs_its_own_notebooks(name, pr
 
 @pytest.mark.parametrize("size", ["smok?", "s*", "[s]moke", "../sizes/smoke"])
 def test_a_size_is_a_name_and_no_pattern(size, project):
-    with pytest.raises(ValueError, match=re.escape(f"unknown size {size!r}: choose one of default, paper, smoke")):
+    with pytest.raises(ValueError, match=re.escape(f"unknown size {size!r}: choose one of default, large, paper, smoke")):
         run(size=size)
 
 
@@ -607,3 +611,48 @@ def test_counts_follow_the_depth(total, counts):
 def test_committed_notebooks_are_fit_to_be_read():
     for path in checks.available():
         assert checks.problems(nbformat.read(path, 4)) == [], path.name
+
+
+def test_a_first_cell_shows_question_finding_and_picture_before_the_rest():
+    source = "# 01 · Title\n\nDoes it\nhold?\n\nThe method.\n\n> **Finding:** old"
+    once = checks.opening(source, "it does", "![a](a.png)\n*a*")
+    assert once == "# 01 · Title\n\nDoes it\nhold?\n\n> **Finding:** it does\n\n![a](a.png)\n*a*\n\nThe method."
+    assert checks.opening(once, "it does not") == source.replace(
+        "\n\nThe method.\n\n> **Finding:** old", "\n\n> **Finding:** it does not\n\nThe method."
+    )
+
+
+def test_the_picture_of_a_notebook_is_its_first_or_the_tagged_one():
+    image = nbformat.v4.new_output("display_data", {"image/png": ""}, metadata={"image/png": {"alt": "What it shows."}})
+    cells = [nbformat.v4.new_code_cell(f'show_figure(draw(), profile, "{name}", caption)', outputs=[image]) for name in "ab"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("def show_figure(): ..."), *cells])
+    assert checks.opening_picture(book) == ("a", "What it shows.")
+    cells[1].metadata.tags = ["opening"]
+    assert checks.opening_picture(book) == ("b", "What it shows.")
+    assert checks.opening_picture(nbformat.v4.new_notebook()) == ("", "")
+
+
+def test_a_run_other_than_the_default_one_has_a_record(project):
+    assert run(settings="k=50") == 0 and run() == 0
+    (record,) = (project / "data/results").rglob("*_run.json")
+    assert record.parent.name.startswith("default-k-50") and record.name == "99_run.json"
+    content = json.loads(record.read_text())
+    assert content["notebook"] == "99_small" and content["parameters"] == {"k": 50} and content["model"] == "smollm2-135m-instruct"
+    assert content["packages"]["torch"].startswith("2.13") and content["texts"] == []
+
+
+def test_the_record_names_the_texts_of_the_output_and_the_commit(tmp_path):
+    shown = nbformat.v4.new_output(
+        "stream", name="stdout", text="24 windows of docs, hash b258e4ffd450\nheld out: hash 64b5896584c7"
+    )
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[shown])])
+    made = record.run_record(book, "02_x", Profile("no-such-model"), {"k": 2, "model": "no-such-model"}, 1.6)
+    assert made["texts"] == ["64b5896584c7", "b258e4ffd450"] and made["weights"] == {} and made["seconds"] == 2
+    assert record.commit(tmp_path) == ""
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
+        (tmp_path / "file").write_text("a")
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert len(record.commit(tmp_path)) == 40
+    (tmp_path / "file").write_text("b")
+    assert record.commit(tmp_path).endswith("+")

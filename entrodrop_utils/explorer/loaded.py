@@ -263,7 +263,7 @@ class LoadedModel:
         Args:
             made: the settings that the selection was made under; the repair is fitted on their calibration text.
         """
-        from ..repair import repair
+        from ..repairing import repair
 
         drop_set = tuple(sorted(drop))
 

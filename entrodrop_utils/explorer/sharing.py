@@ -10,7 +10,7 @@ from ..model_card import Card
 from ..paths import ROOT
 from ..profile import slug
 from ..progress import report_step
-from ..repair import repair
+from ..repairing import repair
 from ..saving import remove, save_pruned
 from ..text import text_digest
 from .choice import Choice

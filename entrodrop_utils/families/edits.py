@@ -52,13 +52,14 @@ class Edit:
 def _restore(owner: object, name: str) -> Callable[[], None]:
     """A function that gives an attribute the value that it has now, or removes it if it has none.
 
-    It writes where the value is kept (a module's table of children, or the instance's own attributes), as a property of the class
-    may have no deleter.
+    It writes where the value is kept (a module's tables of children and weights, or the instance's own attributes), as a property
+    of the class may have no deleter.
     """
     if isinstance(computed := getattr(type(owner), name, None), property):
         value = getattr(owner, name)
         return lambda: setattr(owner, name, value) if computed.fset else None
-    table = owner._modules if isinstance(owner, nn.Module) and name in owner._modules else vars(owner)
+    tables = (owner._modules, owner._parameters) if isinstance(owner, nn.Module) else ()
+    table = next((table for table in tables if name in table), vars(owner))
     if name not in table:
         return lambda: table.pop(name, None)
     value = table[name]

@@ -30,10 +30,29 @@ def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     }
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
-    before, line, _ = notebook.cells[0].source.partition(FINDING.rstrip())
-    if line and (sentence := finding(notebook)):
-        notebook.cells[0].source = f"{before}{FINDING}{sentence}"
+    if FINDING.rstrip() in notebook.cells[0].source and (sentence := finding(notebook)):
+        notebook.cells[0].source = opening(notebook.cells[0].source, sentence)
     return notebook
+
+
+def opening(source: str, sentence: str, picture: str = "") -> str:
+    """A first cell with the finding right after its question, then the picture that shows it; earlier ones are replaced."""
+    parts = [part for part in source.split("\n\n") if not part.startswith((FINDING.rstrip(), "!["))]
+    place = next((number for number, part in enumerate(parts, 1) if part.endswith("?")), len(parts))
+    return "\n\n".join([*parts[:place], FINDING + sentence, *filter(None, [picture]), *parts[place:]])
+
+
+def opening_picture(notebook: nbformat.NotebookNode) -> tuple[str, str]:
+    """Name and caption of the figure that shows the finding: of the cell tagged ``opening``, else the first; empty without one."""
+    tagged = [cell for cell in notebook.cells if "opening" in cell.metadata.get("tags", [])]
+    for cell in tagged or notebook.cells:
+        name = re.search(r'show_figure\(.*?profile,\s*"(\w+)"', cell.source, re.DOTALL)
+        captions = [
+            out.metadata["image/png"].get("alt", "") for out in cell.get("outputs", []) if "image/png" in out.get("data", {})
+        ]
+        if name and captions:
+            return name[1], captions[-1]
+    return "", ""
 
 
 def title(notebook: nbformat.NotebookNode) -> str:

@@ -8,9 +8,9 @@ import pandas as pd
 
 from ..claims import ledger, summary, value_text
 from ..files import write_text
-from ..paths import PACKAGE, RESULTS, ROOT
-from ..profile import DEFAULT_MODEL
-from .checks import NAVIGATION, available, finding, title
+from ..paths import FIGURES, NOTEBOOKS, PACKAGE, RESULTS, ROOT
+from ..profile import DEFAULT_MODEL, Profile
+from .checks import NAVIGATION, available, finding, opening, opening_picture, title
 
 HEADLINE = ("01_layerwise_entropy", "02_entropy_vs_cosine", "04_accuracy_tables")  # whose findings open the README
 
@@ -26,10 +26,17 @@ def update_index() -> None:
         source = " · ".join([*back, "[index](../README.md)", *forward])
         links = nbformat.v4.new_markdown_cell(source, id=NAVIGATION)
         notebooks[path].cells = [cell for cell in notebooks[path].cells if cell.id != NAVIGATION] + [links]
+        name, caption = opening_picture(notebooks[path])
+        if (FIGURES / Profile().folder / f"{name}.png").is_file():
+            shown = (
+                f"![{caption}](../figures/{Profile().folder}/{name}.png)\n*{caption} Finding and figure are of the committed run.*"
+            )
+            notebooks[path].cells[0].source = opening(notebooks[path].cells[0].source, finding(notebooks[path]), shown)
         write_notebook(notebooks[path], path)
     readme = ROOT / "README.md"
-    rows = [(f"[{titles[path]}](notebooks/{path.name})", finding(notebook)) for path, notebook in notebooks.items()]
-    put(readme, "notebooks", markdown_table(["notebook", "answer"], rows))
+    put(readme, "notebooks", "\n".join(f"- [{titles[path]}](notebooks/{path.name})" for path in notebooks))
+    rows = [(f"[{titles[path]}]({path.name})", finding(notebook)) for path, notebook in notebooks.items()]
+    put(NOTEBOOKS / "README.md", "answers", markdown_table(["notebook", "answer"], rows))
     put(readme, "headline", "\n".join(f"- {finding(notebook)}" for path, notebook in notebooks.items() if path.stem in HEADLINE))
     if ledgers := committed_ledgers():
         put(readme, "summary", summary_text(ledgers))

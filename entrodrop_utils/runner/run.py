@@ -1,5 +1,6 @@
 """Run notebooks through papermill; their tables, figures and rendered copies are moved into place only when a run succeeds."""
 
+import json
 import os
 import re
 import resource
@@ -20,7 +21,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 
 from ..claims import join_claims
-from ..files import replacing
+from ..files import replacing, write_text
 from ..models import KNOWN, check_model
 from ..paths import BUILD, FIGURES, NOTEBOOKS, RESULTS, ROOT, SIZES
 from ..profile import DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, OUTPUT, Profile, plain_name, short_hash
@@ -28,6 +29,7 @@ from ..progress import HEADLESS
 from ..text import check_text
 from .checks import available, cleaned, problems
 from .index import update_index, write_notebook
+from .record import run_record
 
 # How torch, CUDA, MPS and numpy say that memory ran out
 MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) allocate")
@@ -185,11 +187,17 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
             stage = Path(tempfile.mkdtemp(prefix="run-", dir=BUILD))
             known = notebook_parameters(notebook)
             with _shown_in_terminal(stage / "progress"):
-                result = execute(notebook, {name: value for name, value in parameters.items() if name in known}, stage)
+                own = {name: value for name, value in parameters.items() if name in known}
+                result = execute(notebook, own, stage)
             if default and (wrong := problems(result)):  # other runs are not committed
                 raise RuntimeError(f"the rendered notebook cannot be committed: {'; '.join(wrong)}")
             write_notebook(result, stage / notebook.name)
-            folders = move_into_place(Profile(**identity, output=str(stage)), stage / notebook.name)
+            profile = Profile(**identity, output=str(stage))
+            if not default:  # whose tables are the same bytes at every run; git knows the commit
+                record = run_record(result, notebook.stem, profile, own, time.monotonic() - start)
+                results = stage / "results" / profile.folder
+                write_text(results / f"{notebook.stem.split('_')[0]}_run.json", json.dumps(record, indent=1) + "\n")
+            folders = move_into_place(profile, stage / notebook.name)
             shutil.rmtree(stage, ignore_errors=True)
             report.append((notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders))))
         except KeyboardInterrupt:

@@ -11,16 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import norm
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import figures
 from ..claims import BENCHMARKS, HOME_MADE, claim_row, published_figures
 from ..claims import COLUMNS as CLAIM_COLUMNS
 from ..evaluation import losses_by_set
 from ..layerwise import DropSet, set_name
+from ..repairing import maps_by_how
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
 from ..statistics import Interval, comparison, ends, interval_text
+from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
 from .methods import KIND_NAMES, RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
@@ -108,6 +110,29 @@ def accuracy_table(
         named = {"metric": method.metric, "rule": method.rule, "draw": method.draw, "best_other": method.metric == best_other}
         parts.append(rows.assign(**named, kind=kind, n_dropped=n))
     return pd.concat(parts, ignore_index=True).reindex(columns=COLUMNS)
+
+
+def with_repaired(
+    accuracy: pd.DataFrame,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    items: Mapping[str, int],
+    choices: Mapping[Choice, DropSet],
+    windows: Int[Tensor, "sequence token"],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The table of ``accuracy_table`` with a row for each of these choices after a linear repair: metric "cosine, repaired".
+
+    Args:
+        windows: calibration text on which the repair is fitted.
+    """
+    sets = list(choices.values())
+    repair = maps_by_how(model, {s for drop_set in sets for s in drop_set}, windows, ["linear"])["linear"]
+    scores, answers = task_scores_by_set(model, tokenizer, tasks, [(), *sets], items, repair)
+    named = {(kind, m._replace(metric=f"{m.metric}, repaired"), n): drop_set for (kind, m, n), drop_set in choices.items()}
+    table = accuracy_table(scores, Retentions.of(scores, answers, seed), named)
+    return pd.concat([accuracy, table[table.metric != DENSE.metric]], ignore_index=True)
 
 
 def _mean_row(retentions: Retentions, drop_set: DropSet) -> dict[str, object]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5EncoderModel
 
 from ..cached_scoring import cached_entropies
-from ..claims import claim_row
+from ..claims import CALIBRATION, claim_row
 from ..figures import COLOURS, GREY, band, barcode, label_ends, panels
 from ..profile import DEFAULT_SIZE, Profile
 from ..residual import states
@@ -169,13 +169,13 @@ def not_measured(models: Iterable[str], measured: Iterable[str]) -> list[str]:
     return [model for model in dict.fromkeys(models) if model not in set(measured)]
 
 
-def curve_claims(curves: Curves, seed: int = 0) -> list[dict[str, object]]:
-    """The claim that each entropy falls, then rises; the same statistic as in notebook 01."""
+def curve_claims(curves: Curves, amount: str, seed: int = 0) -> list[dict[str, object]]:
+    """The claim that each entropy falls, then rises; the same statistic as in notebook 01. ``amount`` is that of the text."""
     pairs = ((name, stages(curves[entropy], seed)) for entropy, name in ENTROPY_NAMES.items())
-    return [stage_claim(name, stage.fall, stage.verdict) for name, stage in pairs]
+    return [stage_claim(name, stage.fall, stage.verdict, amount) for name, stage in pairs]
 
 
-def first_dropped_claims(scores: pd.DataFrame, fraction: float = 0.25, seed: int = 0) -> list[dict[str, object]]:
+def first_dropped_claims(scores: pd.DataFrame, amount: str, fraction: float = 0.25, seed: int = 0) -> list[dict[str, object]]:
     """The claim, for each estimator, that the attention layers with the least increase are deep: their mean depth exceeds 1/2.
 
     The layers are ranked again on every half of the windows.
@@ -189,7 +189,8 @@ def first_dropped_claims(scores: pd.DataFrame, fraction: float = 0.25, seed: int
             return float((means.argsort()[: count_of(fraction, n_layers)].mean() + 0.5) / n_layers - 0.5)
 
         what = f"the {100 * fraction:.3g}% of attention layers with the least {ENTROPY_NAMES[estimator, True]} increase are deep"
-        rows.append(claim_row(f"{what}; measured: mean depth less 1/2", "results", "", half_sampling(depth, values, seed=seed)))
+        interval = half_sampling(depth, values, seed=seed)
+        rows.append(claim_row(f"{what}; measured: mean depth less 1/2", "results", "", interval, 0, f"{CALIBRATION}: {amount}"))
     return rows
 
 

@@ -10,11 +10,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..claims import COLUMNS, HELD_OUT, claim, claim_row, published_figures
 from ..entropy import ESTIMATORS
-from ..figures import COLOURS, GREY, headed_panels
+from ..figures import COLOURS, GREY, barcode, headed_panels
 from ..layerwise import DropSet
 from ..residual import KINDS
+from ..selection import PUBLISHED_PROTECTED, one_shot
 from ..similarity import SIMILARITIES
-from ..statistics import Interval, kendall_interval
+from ..statistics import Interval, half_interval, half_means, kendall_interval
 from .methods import KIND_NAMES, METHOD_COLUMNS, RANDOM, Choice, Method, distinct
 
 COSINE = Method("cosine")
@@ -184,10 +185,7 @@ def barcode_figure(table: pd.DataFrame, title: str) -> Figure:
     """
     figure, (axis,) = headed_panels(title, 1, 0.9 + 0.27 * len(table))
     for place, row in enumerate(table.itertuples()):
-        width, colour = 1 / row.n_layers, COLOURS.get(row.metric, GREY)
-        axis.broken_barh([(layer * width, 0.9 * width) for layer in range(row.n_layers)], (place - 0.36, 0.72), color="#ededed")
-        bars = [(int(layer) * width, 0.9 * width) for layer in row.layers.split()]
-        axis.broken_barh(bars, (place - 0.36, 0.72), color=colour)
+        barcode(axis, map(int, row.layers.split()), row.n_layers, place, COLOURS.get(row.metric, GREY))
         axis.plot([row.depth], [place + 0.43], "^", color="black", markersize=4, clip_on=False)
     axis.set_yticks(range(len(table)), table.name)
     axis.set(
@@ -197,6 +195,52 @@ def barcode_figure(table: pd.DataFrame, title: str) -> Figure:
     )
     axis.grid(False)
     return figure
+
+
+def chosen_from_halves(
+    scores: pd.DataFrame,
+    metrics: Sequence[str],
+    kind: str,
+    n: int,
+    protected: Sequence[int] = PUBLISHED_PROTECTED,
+    draws: int = 20,
+    seed: int = 0,
+) -> dict[tuple[str, int], DropSet]:
+    """The one-shot choice of every metric, made anew from random halves of the calibration windows and from their complements.
+
+    Args:
+        scores: as ``scoring.score`` returns it.
+    Returns:
+        (metric, draw) -> the set; draw -1 is the choice from all windows.
+    """
+    sets = {}
+    for metric in metrics:
+        rows = scores[(scores.kind == kind) & (scores.metric == metric)]
+        values = rows.pivot_table(index="sequence", columns="layer", values="value")
+        for draw, means in enumerate([values.mean().to_numpy(), *half_means(values.to_numpy(), draws, seed)], -1):
+            half = pd.DataFrame({"kind": kind, "metric": metric, "sequence": 0, "layer": values.columns, "value": means})
+            sets[metric, draw] = tuple(sorted(one_shot(half, metric, kind, n, protected)))
+    return sets
+
+
+def choice_table(sets: Mapping[tuple[str, int], DropSet], increases: Mapping[DropSet, float], n_windows: int) -> pd.DataFrame:
+    """The loss increase of every metric's choice, with the interval that the choice of calibration windows gives it.
+
+    Args:
+        sets: as ``chosen_from_halves`` returns it.
+        increases: the mean loss increase of every set, on the same held-out windows.
+        n_windows: the calibration windows of the choice from all.
+    Returns:
+        metric, increase (nats per token), low, high, different_sets (of the halves), shared (mean share of the choice from all
+        windows that a half chooses too).
+    """
+    rows = []
+    for metric in dict.fromkeys(metric for metric, _ in sets):
+        whole, *halves = (drop_set for (name, _), drop_set in sets.items() if name == metric)
+        shared = np.mean([len(set(whole) & set(half)) / len(whole) for half in halves])
+        interval = half_interval(increases[whole], np.array([increases[half] for half in halves]), n_windows)
+        rows.append((metric, *interval, len(set(halves)), shared))
+    return pd.DataFrame(rows, columns=["metric", "increase", "low", "high", "different_sets", "shared"])
 
 
 def cost_table(pruning: pd.DataFrame, value: str, shown: Sequence[Method]) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..claims import claim_row
+from ..claims import CALIBRATION, claim_row
 from ..figures import band
 from ..statistics import Interval, half_sampling, mean_interval, verdict
 
@@ -106,11 +106,15 @@ def stage_table(curves: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFr
     return pd.DataFrame(rows, columns=[*by, "boundary", *names, "verdict"])
 
 
-def stage_claim(name: str, fall: Interval, outcome: str) -> dict[str, object]:
-    """The paper's claim about the curve of an entropy, with the fall and the ``stage_verdict``."""
-    return claim_row(f"{name} falls, then rises; measured: the fall in nats", "abstract", "falls, then rises", fall) | {
-        "verdict": outcome
-    }
+def stage_claim(name: str, fall: Interval, outcome: str, amount: str = "") -> dict[str, object]:
+    """The paper's claim about the curve of an entropy, with the fall and the ``stage_verdict``.
+
+    Args:
+        amount: of the calibration text, in words.
+    """
+    text = f"{name} falls, then rises; measured: the fall in nats"
+    row = claim_row(text, "abstract", "falls, then rises", fall, evidence=f"{CALIBRATION}: {amount}")
+    return row | {"verdict": outcome}
 
 
 def shape_of(fall: Interval, rise: Interval, outcome: str) -> str:

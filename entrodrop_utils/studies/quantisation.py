@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..evaluation import Estimate, perplexity
 from ..figures import panels
 from ..progress import progress
-from ..statistics import Interval, bootstrap_means, ends
+from ..statistics import mean_interval
 
 FORMATS = [GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
 ROUNDED_AGAIN = ("Q4", "Q5")  # formats coarse enough to matter
@@ -121,7 +121,7 @@ def parabola(doses: Sequence[float], increases: Float[np.ndarray, "*rest dose"])
     return np.asarray(increases) @ np.linalg.pinv(powers).T
 
 
-def rounding_table(added: pd.DataFrame, rounded: Float[np.ndarray, "window"], seed: int = 0) -> pd.DataFrame:
+def rounding_table(added: pd.DataFrame, rounded: Float[np.ndarray, "window"]) -> pd.DataFrame:
     """The loss increase by every noise, with its interval over windows: noise, dose, increase, low, high.
 
     ``added`` and ``rounded`` are measured. ``of the file`` is the increase that the file's own rounding caused: the negative of the
@@ -132,8 +132,7 @@ def rounding_table(added: pd.DataFrame, rounded: Float[np.ndarray, "window"], se
     values += [(ROUNDED, np.nan, rounded), (ORIGINAL, 1.0, coefficients @ np.array([1.0, -1.0]))]
     rows = []
     for noise, dose, increases in values:
-        draws = bootstrap_means(increases, seed=seed)
-        rows.append((noise, dose, *Interval(float(draws.mean()), *ends(draws))))
+        rows.append((noise, dose, *mean_interval(np.asarray(increases))))
     return pd.DataFrame(rows, columns=["noise", "dose", "increase", "low", "high"])
 
 

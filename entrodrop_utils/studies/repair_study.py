@@ -1,51 +1,86 @@
 """The cost of dropping before and after repair, on the text that the repair was fitted on and on other texts."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..dropping import Repair, dropped
-from ..evaluation import losses_by_set
-from ..figures import COLOURS, MARKERS, panels
+from ..evaluation import losses_by_set, perplexity
+from ..families.self_check import measuring
+from ..figures import COLOURS, GREY, headed_panels, label_ends
 from ..layerwise import DropSet
-from ..repair import repair
-from ..statistics import comparison, interval_text, mean_interval, paired_difference
+from ..repairing import maps_by_how, rank_for_repair
+from ..residual import SubBlock, find
+from ..selection import protected_layers
+from ..statistics import Interval, comparison, interval_text, mean_interval, paired_difference
 from ..text import mixture
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, losses_of
 
 NONE, HOWS = "none", ("constant", "linear")
 REPAIRS = (NONE, *HOWS)
-Losses = dict[tuple[str, str], dict[DropSet, pd.DataFrame]]  # (repair, domain) -> set -> window, nll, kl
+SINGLE, LEFT = "single drop", "left after repair"  # rankings by the true cost of each sub-block alone, bare and repaired
+LOOKS = COLOURS | {SINGLE: "#56B4E9", LEFT: "#009E73"}
+Losses = dict[tuple[str, str], dict[DropSet, pd.DataFrame]]  # (repair, domain) -> set -> window, nll
+AnyRepair = Repair | Mapping[DropSet, Repair] | None  # of all sets, of single sets, or a bare drop
 
 
-def fit_repairs(
-    model: PreTrainedModel, sets: Iterable[DropSet], windows: Int[Tensor, "sequence token"], hows: Sequence[str] = HOWS
-) -> dict[str, Repair]:
-    """Repairs of every sub-block of these sets. In open loop a sub-block's map does not depend on what else is dropped."""
-    union = sorted({sub_block for drop_set in sets for sub_block in drop_set})
-    return {how: repair(model, union, windows, how) for how in hows}
+def rankings_by_cost(
+    model: PreTrainedModel,
+    kind: str,
+    fit: Int[Tensor, "sequence token"],
+    validation: Int[Tensor, "window position"],
+    protected: Sequence[int],
+) -> tuple[dict[Method, list[SubBlock]], dict[str, Repair]]:
+    """The candidates of a kind ranked by their true cost alone, bare and after linear repair; and the repairs of all of them.
+
+    Args:
+        validation: text that ranks; the repairs are fitted on other text.
+    """
+    every = find(model, kind)
+    kept = protected_layers(protected, len(every))
+    candidates = [s for s in every if s.layer not in kept]
+    repairs = maps_by_how(model, candidates, fit)
+    orders = {
+        Method(SINGLE): rank_for_repair(model, candidates, validation),
+        Method(LEFT): rank_for_repair(model, candidates, validation, repairs["linear"]),
+    }
+    return orders, repairs
 
 
 def repaired_losses(
-    model: PreTrainedModel, texts: Mapping[str, Tensor], sets: Iterable[DropSet], repairs: Mapping[str, Repair | None]
+    model: PreTrainedModel, texts: Mapping[str, Tensor], sets: Iterable[DropSet], repairs: Mapping[str, AnyRepair]
 ) -> Losses:
     """The losses of the dense model and of every set, by repair and domain.
 
     Args:
         texts: domain -> held-out windows.
-        repairs: name -> repair; None for a bare drop.
+        repairs: name -> repair; None for a bare drop; set -> repair where each set has its own, which is evaluated alone.
     """
     sets = [(), *sorted(set(sets))]
-    return {
-        (name, domain): losses_of(losses_by_set(model, windows, sets, fitted))
-        for name, fitted in repairs.items()
-        for domain, windows in texts.items()
-    }
+    losses: Losses = {}
+    for name, fitted in repairs.items():
+        for domain, windows in texts.items():
+            if isinstance(fitted, Mapping):
+                losses[name, domain] = {of: _whole_losses(model, windows, of, own) for of, own in fitted.items()}
+            else:
+                losses[name, domain] = losses_of(losses_by_set(model, windows, sets, fitted))
+    return losses
+
+
+def _whole_losses(model: PreTrainedModel, windows: Tensor, drop_set: DropSet, fitted: Repair) -> pd.DataFrame:
+    """The loss of every window from whole passes."""
+    with dropped(model, drop_set, fitted):
+        return pd.DataFrame({"nll": perplexity(model, windows).per_window})
 
 
 def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str, seed: int = 0) -> pd.DataFrame:
@@ -58,9 +93,11 @@ def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: s
     rows = []
     for (name, domain), by_set in losses.items():
         for (kind, method, n), drop_set in choices.items():
+            if drop_set not in by_set:
+                continue
             nll, bare, dense = (
                 table[chosen].nll.to_numpy()
-                for table, chosen in ((by_set, drop_set), (losses[NONE, domain], drop_set), (by_set, ()))
+                for table, chosen in ((by_set, drop_set), (losses[NONE, domain], drop_set), (losses[NONE, domain], ()))
             )
             costs = (*paired_difference(nll, dense, seed), *paired_difference(bare, nll, seed))
             rows.append((fitted_on, domain, domain in mixture(fitted_on), name, kind, *method, n, nll.mean(), *costs))
@@ -94,52 +131,175 @@ def saved_elsewhere(losses: Losses, drop_set: DropSet, repaired: str, fitted_on:
     Raises:
         ValueError: it was fitted on all domains.
     """
-    away = [domain for name, domain in losses if name == repaired and domain not in mixture(fitted_on)]
-    if not away:
-        raise ValueError(f"the repair was fitted on every domain ({fitted_on}): add another to the domains")
+    away = _away(losses, repaired, fitted_on)
     values = [losses[NONE, domain][drop_set].nll.to_numpy() - losses[repaired, domain][drop_set].nll.to_numpy() for domain in away]
     return np.concatenate(values)
 
 
-def parameter_table(model: PreTrainedModel, choices: Mapping[Choice, DropSet], repairs: Mapping[str, Repair]) -> pd.DataFrame:
-    """Millions of parameters of the dense model, without each set, and with each repair in its place."""
+@measuring
+def inference_costs(
+    model: PreTrainedModel, variants: Mapping[str, tuple[DropSet, Repair | None]], ids: Int[Tensor, "1 token"], rounds: int = 3
+) -> pd.DataFrame:
+    """What each variant costs to run, beside the dense model, which is added as the first row.
 
-    def millions() -> float:
-        return sum(weight.numel() for weight in model.parameters()) / 1e6
-
-    rows, dense = [], millions()
-    for (kind, _, n), drop_set in choices.items():
-        sizes = []
-        for fitted in (None, *repairs.values()):
-            with dropped(model, drop_set, fitted):
-                sizes.append(millions())
-        rows.append((kind, n, dense, *sizes))
-    return pd.DataFrame(rows, columns=["kind", "n_dropped", "dense", NONE, *repairs])
-
-
-def repair_figure(table: pd.DataFrame, shown: Sequence[Method]) -> Figure:
-    """Loss increase by repair, a column of panels per kind and number; above on the fitted domain, below the mean of the others.
-
-    The band is the range of the random draws.
+    Args:
+        ids: one text; a token of it costs what is reported.
+    Returns:
+        repair (the name of the variant), parameters (millions), mflop (of matrix products per token, in millions of floating-point
+        operations), kv_bytes (per token), latency (of a forward pass, over that of the dense model in the same round), low, high.
     """
-    groups = list(table.groupby(["kind", "n_dropped"], sort=False))
-    figure, axes = panels(2, len(groups), height=2.3, sharey="col", sharex=True)
-    for place, (row, column) in enumerate((row, column) for row in (True, False) for column in range(len(groups))):
-        ((kind, n), rows), axis = groups[column], axes[place]
-        means = rows[rows.in_domain == row].pivot_table("increase", METHOD_COLUMNS, "repair")[list(REPAIRS)]
-        random = means[means.index.get_level_values("rule") == RANDOM]
-        if len(random):
-            axis.fill_between(REPAIRS, random.min(), random.max(), color=COLOURS[RANDOM], alpha=0.35, linewidth=0, label="random")
-        for method in shown:
-            look = {"color": COLOURS[method.metric], "marker": MARKERS[method.metric], "label": method.label}
-            axis.plot(REPAIRS, means.loc[tuple(method)], **look)
-        axis.axhline(0, color="black", linewidth=0.6)
-        if row:
-            axis.set_title(f"{n} {'MLPs' if kind == 'mlp' else 'attention layers'}")
-        if column == 0:
-            axis.set_ylabel(f"{'fitted domain' if row else 'other domains'}\nloss increase (nats)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    variants = {"dense": ((), None), **variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    rows = []
+    for number in range(rounds + 1):  # the first round warms up
+        for name, (drop_set, fitted) in variants.items():
+            with dropped(model, drop_set, fitted) if drop_set else nullcontext():
+                if number == 0:
+                    cache = model(ids, use_cache=True).past_key_values
+                    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]  # noqa: PD011
+                    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not counted
+                        model(ids, use_cache=False)
+                    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+                    per_token = (counter.get_total_flops() / 1e6 / ids.shape[1], sum(t.nbytes for t in kept) / ids.shape[1])
+                    rows.append((name, size, *per_token))
+                start = time.perf_counter()
+                model(ids, use_cache=False)
+                seconds[name].append(time.perf_counter() - start)
+    ratios = [mean_interval(np.array(seconds[name][1:]) / np.array(seconds["dense"][1:])) for name in variants]
+    table = pd.DataFrame(rows, columns=["repair", "parameters", "mflop", "kv_bytes"])
+    return table.join(pd.DataFrame(ratios, columns=["latency", "low", "high"]))
+
+
+def kept_by_count(
+    losses: Losses, order: Sequence[SubBlock], counts: Sequence[int], names: Sequence[str], promised: float
+) -> pd.DataFrame:
+    """The share of the likelihood per token that is kept without the first sub-blocks of an order, bare or with these repairs.
+
+    Returns:
+        repair, domain, n_dropped, kept, low, high, holds (whether the interval exceeds the promise).
+    """
+    rows = []
+    for name, domain in (key for key in losses if key[0] in names):
+        for n in counts:
+            kept = mean_interval(np.exp(-_increase(losses, tuple(sorted(order[:n])), name, domain)))
+            rows.append((name, domain, n, *kept, bool(kept.low > promised)))
+    return pd.DataFrame(rows, columns=["repair", "domain", "n_dropped", "kept", "low", "high", "holds"])
+
+
+def most_kept(table: pd.DataFrame) -> pd.DataFrame:
+    """The largest number up to which the promise of ``kept_by_count`` holds at every number: a row a repair, a column a domain."""
+    rows = table.sort_values("n_dropped")
+    unbroken = rows.groupby(["repair", "domain"], sort=False).holds.cummin()
+    rows = rows.assign(most=rows.n_dropped * unbroken)
+    return rows.pivot_table("most", "repair", "domain", aggfunc="max", sort=False)
+
+
+@measuring
+def repetition(
+    model: PreTrainedModel,
+    prompts: Int[Tensor, "prompt token"],
+    variants: Mapping[str, tuple[DropSet, Repair | None]],
+    n_new: int = 40,
+    gram: int = 4,
+) -> pd.DataFrame:
+    """How much a greedy continuation repeats itself: the share of its runs of ``gram`` tokens that it has had before.
+
+    Returns:
+        variant, repeated, low, high (mean over prompts with its interval).
+    """
+    rows = []
+    for name, (drop_set, fitted) in {"dense": ((), None), **variants}.items():
+        with dropped(model, drop_set, fitted) if drop_set else nullcontext():
+            whole = model.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False
+            )
+        rows.append(
+            (name, *mean_interval(np.array([repeated_share(tokens, gram) for tokens in whole[:, prompts.shape[1] :].tolist()])))
+        )
+    return pd.DataFrame(rows, columns=["variant", "repeated", "low", "high"])
+
+
+def repeated_share(tokens: Sequence[int], gram: int) -> float:
+    """The share of the runs of ``gram`` tokens that stood earlier in the same text."""
+    runs = [tuple(tokens[i : i + gram]) for i in range(len(tokens) - gram + 1)]
+    return 1 - len(set(runs)) / len(runs)
+
+
+def repair_figure(table: pd.DataFrame, kind: str, n: int, title: str) -> Figure:
+    """Loss increase of every method by repair: on the fitted domain, and averaged over the others. Grey: random choices.
+
+    Args:
+        table: of ``repair_table``.
+    """
+    rows = table[(table.kind == kind) & (table.n_dropped == n) & table.repair.isin(REPAIRS)]
+    figure, axes = headed_panels(title, 2, 3.0, sharey=True)
+    for axis, (in_domain, name) in zip(axes, ((True, "the fitted domain"), (False, "other domains")), strict=True):
+        means = rows[rows.in_domain == in_domain].pivot_table("increase", METHOD_COLUMNS, "repair")[list(REPAIRS)]
+        for values, line in zip(means.index, means.to_numpy(), strict=True):
+            method = Method(*values)
+            if method.rule == RANDOM:
+                axis.plot(range(len(REPAIRS)), line, color=GREY, alpha=0.4, linewidth=0.7, label="_random")
+            else:
+                axis.plot(range(len(REPAIRS)), line, color=LOOKS[method.metric], marker="o", markersize=4, label=method.label)
+        axis.set_xticks(range(len(REPAIRS)), REPAIRS)
+        axis.set_ylim(0, 1.05 * rows[rows.rule != RANDOM].increase.max())
+        axis.set_title(name, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        label_ends(axis)
+    axes[0].set_ylabel("loss increase (nats per token)")
     return figure
+
+
+def budget_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Loss increase on the domains that a repair was not fitted on against the operations per token.
+
+    Args:
+        table: repair, mflop, elsewhere, elsewhere_low, elsewhere_high (nats per token); the dense model first.
+    """
+    figure, (axis,) = headed_panels(title, 1, 3.0)
+    table = table.sort_values("elsewhere")
+    share, sides = table.mflop / table.mflop[table.repair == "dense"].item(), {}
+    for x, row in zip(share, table.itertuples(), strict=True):
+        errors = [[row.elsewhere - row.elsewhere_low], [row.elsewhere_high - row.elsewhere]]
+        axis.errorbar(x, row.elsewhere, errors, fmt="o", color=GREY if row.repair in ("dense", NONE) else "#0072B2", capsize=2)
+        sides[round(x, 4)] = side = -sides.get(round(x, 4), -1)  # labels of points above each other alternate
+        look = {"ha": "left" if side > 0 else "right", "va": "center", "fontsize": 8}
+        axis.annotate(row.repair, (x, row.elsewhere), xytext=(7 * side, 0), textcoords="offset points", **look)
+    axis.margins(x=0.15)
+    axis.set_xlabel("operations per token, share of the dense model's")
+    axis.set_ylabel("loss increase (nats per token)")
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def increase_elsewhere(losses: Losses, drop_set: DropSet, name: str, fitted_on: str) -> Interval:
+    """The loss increase of a set with a repair over all windows of the domains that the repair was not fitted on."""
+    return mean_interval(np.concatenate([_increase(losses, drop_set, name, d) for d in _away(losses, name, fitted_on)]))
+
+
+def gap_everywhere(losses: Losses, drop_set: DropSet, reference: DropSet, name: str) -> Interval:
+    """How much more a set costs than a reference with the same repair, over the windows of all domains."""
+    gaps = [by_set[drop_set].nll.to_numpy() - by_set[reference].nll.to_numpy() for (of, _), by_set in losses.items() if of == name]
+    return mean_interval(np.concatenate(gaps))
+
+
+def increase_table(losses: Losses, drop_set: DropSet) -> pd.DataFrame:
+    """The loss increase of a set by what its repair was fitted on: fitted_on (names of the losses), domain, increase, low, high."""
+    rows = [(name, domain, *mean_interval(_increase(losses, drop_set, name, domain))) for name, domain in losses]
+    return pd.DataFrame(rows, columns=["fitted_on", "domain", "increase", "low", "high"])
+
+
+def _increase(losses: Losses, drop_set: DropSet, name: str, domain: str) -> np.ndarray:
+    return losses[name, domain][drop_set].nll.to_numpy() - losses[NONE, domain][()].nll.to_numpy()
+
+
+def _away(losses: Losses, name: str, fitted_on: str) -> list[str]:
+    """The domains that a repair was not fitted on. Raises ValueError where there is none."""
+    away = [domain for of, domain in losses if of == name and domain not in mixture(fitted_on)]
+    if not away:
+        raise ValueError(f"the repair was fitted on every domain ({fitted_on}): add another to the domains")
+    return away
 
 
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -171,8 +331,8 @@ def gap_table(losses: Losses, choices: Mapping[Choice, DropSet], reference: Meth
     domains = list(dict.fromkeys(domain for _, domain in losses))
     for name in dict.fromkeys(name for name, _ in losses):
         for (kind, method, n), drop_set in choices.items():
-            if method != reference and method.rule != RANDOM:
-                rival = choices[kind, reference, n]
+            rival = choices[kind, reference, n]
+            if method != reference and method.rule != RANDOM and {drop_set, rival} <= losses[name, domains[0]].keys():
                 gaps = [losses[name, d][drop_set].nll.to_numpy() - losses[name, d][rival].nll.to_numpy() for d in domains]
                 rows.append((kind, n, method.label, name, f"{mean_interval(np.concatenate(gaps), seed):.2f}"))
     table = pd.DataFrame(rows, columns=["kind", "n_dropped", "method", "repair", "gap"])

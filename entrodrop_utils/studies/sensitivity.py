@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..cached_scoring import cached_score
-from ..claims import claim_row
+from ..claims import CALIBRATION, HELD_OUT, claim_row
 from ..entropy import ESTIMATORS
 from ..evaluation import losses_by_set
 from ..families.decoder import decoder_layers
@@ -333,6 +333,8 @@ def sensitivity_claims(
     texts: Sequence[str],
     metrics: Iterable[str],
     goal: float,
+    calibration: str,
+    held_out: str,
 ) -> pd.DataFrame:
     """The claims about robustness and about the loss, for each of the paper's estimators against each alternative, and about the
     texts for each of some metrics.
@@ -341,17 +343,19 @@ def sensitivity_claims(
         share: the share of the layers that is dropped, in words.
         texts: the texts that the claim about texts is about.
         goal: the share of the choice that they must choose again.
+        calibration, held_out: the amounts of text, in words.
     """
-    pairs, rows = list(product(PAPER, ALTERNATIVES)), []
+    pairs, rows, scored = list(product(PAPER, ALTERNATIVES)), [], f"{CALIBRATION}: {calibration}"
     for name, other in pairs:
         text = f"{name} is more robust than {other}; measured: difference in tau"
-        rows.append(claim_row(text, SOURCE, "", advantage(robust, name, other).interval(0)))
+        rows.append(claim_row(text, SOURCE, "", advantage(robust, name, other).interval(0), 0, scored))
     for name, other in pairs:
         text = f"{name} chooses better than {other}; measured: loss difference at {share}, nats per token"
-        rows.append(claim_row(text, SOURCE, "", loss_difference(losses, *(sets[reference_of(m)] for m in (other, name)))))
+        difference = loss_difference(losses, *(sets[reference_of(metric)] for metric in (other, name)))
+        rows.append(claim_row(text, SOURCE, "", difference, 0, f"{HELD_OUT}: {held_out}"))
     for name in metrics:
         text = f"the choice is stable across calibration texts ({name}); measured: share of the {share} chosen again, goal {goal:g}"
-        rows.append(claim_row(text, SOURCE, "", choice_stability(agreement, texts, name), goal))
+        rows.append(claim_row(text, SOURCE, "", choice_stability(agreement, texts, name), goal, scored))
     return pd.DataFrame(rows)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 
 from ..profile import Profile
+from ..statistics import interval_text
 from .architectures import ENTROPY_NAMES, committed_table, not_measured
 
 STATEMENT_COLUMNS = ["claim", "family", "weights", "measured", "low", "high", "verdict"]
@@ -58,7 +59,8 @@ def missing_costs(statements: pd.DataFrame, models: Iterable[str], fraction: flo
 
 def statement_table(statements: pd.DataFrame) -> pd.DataFrame:
     """Verdict, value and interval of every statement (rows) about every family (columns)."""
-    values = [f"{row.verdict}: {row.measured:.3g} [{row.low:.3g}, {row.high:.3g}]" for row in statements.itertuples()]
+    intervals = interval_text(statements, ["measured", "low", "high"], ".3g")
+    values = [f"{verdict}: {interval}" for verdict, interval in zip(statements.verdict, intervals, strict=True)]
     table = statements.assign(value=values)
     table = table.pivot_table(index="claim", columns="family", values="value", aggfunc="first", sort=False)
     return table.astype(object).fillna("not measured")

@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..dropping import Repair
 from ..layerwise import distinct_sets
 from ..residual import SubBlock
 from ..text import quiet_datasets
@@ -37,12 +38,18 @@ FEWSHOT_SEED = 1234  # that of the harness's own command line
 
 
 class PrunedLM(HFLM):
-    """The model without ``current`` (one of its sets), as the harness expects a model."""
+    """The model without ``current`` (one of its sets), repaired if a repair is given, as the harness expects a model."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Iterable[Sequence[SubBlock]] = ((),)):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sets: Iterable[Sequence[SubBlock]] = ((),),
+        repair: Repair | None = None,
+    ):
         with quiet_harness():
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
-        self.sets = distinct_sets(model, sets)
+        self.sets, self.repair = distinct_sets(model, sets), repair
         self.current, self.answers = self.sets[0], {one: {} for one in self.sets}
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple], disable_tqdm: bool = False, override_bs: int | None = None):
@@ -52,7 +59,7 @@ class PrunedLM(HFLM):
             whole = (context + continuation)[-most:]  # too long: the beginning is cut off, as the harness does
             questions.append((tuple(whole[: -len(continuation)]), tuple(continuation)))
         if missing := [question for question in dict.fromkeys(questions) if question not in self.answers[self.current]]:
-            for one, found in loglikelihoods_by_set(self.model, missing, self.sets).items():
+            for one, found in loglikelihoods_by_set(self.model, missing, self.sets, self.repair).items():
                 self.answers[one].update(found)
         return [self.answers[self.current][question] for question in questions]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import cache
+from ..dropping import Repair
 from ..families.self_check import measuring
 from ..layerwise import MAX_TOKENS, Bar, DropSet, LayerwiseForward, set_name
 
@@ -23,18 +24,18 @@ PACKED = 512  # tokens: the longest row of a context with several continuations
 
 @measuring
 def loglikelihoods_by_set(
-    model: PreTrainedModel, questions: Sequence[Question], sets: Sequence[DropSet]
+    model: PreTrainedModel, questions: Sequence[Question], sets: Sequence[DropSet], repair: Repair | None = None
 ) -> dict[DropSet, dict[Question, Answer]]:
-    """The answers of the model without each of the sets (of ``distinct_sets``) to each question."""
+    """The answers of the model without each of the sets (of ``distinct_sets``) to each question, repaired if a repair is given."""
     batches = list(_batches(_rows(questions, _longest_packed(model))))
     named = {set_name(one): one for one in sets}
     answers: dict[DropSet, dict[Question, Answer]] = {one: {} for one in sets}
-    base = cache.model_key(model, "tasks.loglikelihoods")
+    base = cache.repaired(cache.model_key(model, "tasks.loglikelihoods"), repair)
     with Bar(len(batches) * len(named), f"{len(questions)} questions") as done:
         for rows in batches:
 
             def compute(missing: list[str], rows=rows) -> pd.DataFrame:
-                return _answered(model, rows, [named[name] for name in missing], rows is batches[0], done)
+                return _answered(model, rows, [named[name] for name in missing], repair, rows is batches[0], done)
 
             asked = [(context, continuation) for context, continuations in rows for continuation in continuations]
             for row in cache.rows_by_set("answers", cache.subkey(base, rows), named, compute, done).itertuples():
@@ -128,11 +129,13 @@ def _longest_packed(model: PreTrainedModel) -> int:
     return min(PACKED, window or PACKED) if same else 0
 
 
-def _answered(model: PreTrainedModel, rows: Sequence[Row], sets: list[DropSet], check: bool, done) -> pd.DataFrame:
+def _answered(
+    model: PreTrainedModel, rows: Sequence[Row], sets: list[DropSet], repair: Repair | None, check: bool, done
+) -> pd.DataFrame:
     """The answers of one batch for each set: set (written), question, logprob (nats), greedy."""
     ids, inputs, reads = _inputs(rows, model)
     question, row, token, target = reads.T
-    layerwise, found = LayerwiseForward(model, ids, check, **inputs), []
+    layerwise, found = LayerwiseForward(model, ids, check, repair, **inputs), []
     count = int(question.max()) + 1
     for one, state in layerwise.last_states(sets):
         logprob, greedy = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..dropping import Repair
 from ..families.self_check import measuring
 from ..residual import SubBlock
 from .harness import PrunedLM, TaskUnavailable, check_tasks, evaluate_task
@@ -34,8 +35,12 @@ def task_scores_by_set(
     names: Iterable[str],
     sets: Iterable[Sequence[SubBlock]],
     limit: int | Mapping[str, int] | None = None,
+    repair: Repair | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """``task_scores`` of the model without each of many sets of sub-blocks, doing once what they share; and every single item.
+
+    Args:
+        repair: of all these sub-blocks, by layer.
 
     Returns:
         set, then the columns of ``task_scores``; and set, task, part (of a group), metric, item, value, which pairs sets item by
@@ -44,7 +49,7 @@ def task_scores_by_set(
     names = list(names)
     own = str(build_tasks()) if any(map(is_local_task, names)) else ""
     check_tasks(names, own)
-    lm, scores, items = PrunedLM(model, tokenizer, sets), [], []
+    lm, scores, items = PrunedLM(model, tokenizer, sets, repair), [], []
     for name in names:
         try:
             found, single = evaluate_task(lm, name, limit.get(name) if isinstance(limit, Mapping) else limit, own)

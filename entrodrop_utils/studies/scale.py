@@ -1,0 +1,228 @@
+"""How the claims move with the size of the model: committed tables of several models, and the table that the paper published."""
+
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy.stats import kendalltau
+
+from ..claims import MEASURED, published_figures
+from ..figures import COLOURS, GREY, headed_panels
+from ..models import KNOWN
+from ..paths import RESULTS
+from ..profile import DEFAULT_SIZE, Profile
+from .methods import METHOD_COLUMNS, RANDOM
+
+# The statements that are compared -> the pattern of their claim
+STATEMENTS = {
+    "bucket entropy beats cosine": r"^bucket beats cosine at 37\.5%.*measured: nats",
+    "KNN entropy beats cosine": r"^knn beats cosine at 37\.5%.*measured: nats",
+    "bucket entropy beats random choices": r"^bucket beats random choices at 37\.5%",
+    "KNN entropy beats random choices": r"^knn beats random choices at 37\.5%",
+    "attention is more redundant than MLPs, by cosine": r"more redundant than MLP \(37\.5% by cosine\).*measured: extra loss",
+    "bucket entropy falls, then rises": r"^bucket entropy falls, then rises",
+    "KNN entropy falls, then rises": r"^knn entropy falls, then rises",
+}
+PANELS = {  # of the figure: title -> words of its statements, and what its axis shows
+    "against cosine": ("beats cosine", "nats per token saved"),
+    "among random sets": ("beats random", "share of draws\nthat cost more"),
+    "attention against MLPs": ("more redundant", "extra loss of dropping\nMLPs (nats)"),
+}
+RUNS = (DEFAULT_SIZE, "large")  # sizes with the same amounts of text; large has fewer random choices
+LABEL = {"textcoords": "offset points", "fontsize": 8}
+PAPER_TABLE = "mean accuracy of 13 benchmarks"
+
+
+def models_by_size() -> dict[str, float]:
+    """The registered models with committed claims of one of ``RUNS`` -> millions of parameters, smallest first."""
+    with_claims = {path.parts[-3] for size in RUNS for path in RESULTS.glob(f"*/{size}/02_claims.csv")}
+    sizes = {model: KNOWN[model]["parameters"] for model in with_claims & set(KNOWN)}
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
+
+
+def committed_run(profile: Profile, model: str, name: str) -> pd.DataFrame | None:
+    """A committed table of a model, of the first of ``RUNS`` that has it."""
+    tables = (profile.committed(name, size, model) for size in RUNS)
+    return next((table for table in tables if table is not None), None)
+
+
+def statements_by_size(profile: Profile, models: Mapping[str, float]) -> pd.DataFrame:
+    """The statements about every model, from its committed claims.
+
+    Args:
+        models: name -> millions of parameters.
+    Returns:
+        statement, model, parameters (millions), measured, low, high, goal, verdict, evidence.
+    """
+    rows = []
+    for model, parameters in models.items():
+        claims = committed_run(profile, model, "claims.csv")
+        for statement, pattern in STATEMENTS.items():
+            for row in claims[claims.claim.str.contains(pattern, case=False)].head(1).itertuples():
+                rows.append((statement, model, parameters, row.measured, row.low, row.high, row.goal, row.verdict, row.evidence))
+    columns = ["statement", "model", "parameters", "measured", "low", "high", "goal", "verdict", "evidence"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def verdict_table(statements: pd.DataFrame) -> pd.DataFrame:
+    """The verdict of every statement (rows) about every model (columns), and over all models."""
+    table = statements.pivot_table("verdict", "statement", "model", aggfunc="first", sort=False)
+    return table.fillna("not measured").assign(**{"over the models": [overall(row.dropna()) for _, row in table.iterrows()]})
+
+
+def overall(verdicts: Iterable[str]) -> str:
+    """Whether a statement holds for all, some or none of the models."""
+    verdicts = list(verdicts)
+    n = sum(verdict == "holds" for verdict in verdicts)
+    if n == len(verdicts):
+        return "holds for all"
+    undecided = "inconclusive" in verdicts
+    return f"holds for {n} of {len(verdicts)}" if n else "not shown for any" if undecided else "holds for none"
+
+
+def size_figure(statements: pd.DataFrame, title: str) -> Figure:
+    """Value and interval of the statements about costs, a panel for each kind, for every model from small to large."""
+    sizes = statements.drop_duplicates("model").set_index("model").parameters
+    figure, axes = headed_panels(title, len(PANELS), 1.3 + 0.42 * len(sizes), sharey=True)
+    for axis, (heading, (words, label)) in zip(axes, PANELS.items(), strict=True):
+        rows = statements[statements.statement.str.contains(words)]
+        for row in rows.itertuples():
+            metric = row.statement.split()[0].lower()
+            place = sizes.index.get_loc(row.model) + {"bucket": -0.14, "knn": 0.14}.get(metric, 0)
+            colour = COLOURS.get(metric, GREY)
+            axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2.5, alpha=0.6)
+            axis.plot(row.measured, place, "o", color=colour, markersize=5)
+            if metric in COLOURS and row.model == sizes.index[0]:
+                axis.annotate(
+                    row.statement.split()[0],
+                    (row.measured, place),
+                    (0, 5 if metric == "bucket" else -13),
+                    color=colour,
+                    ha="center",
+                    **LABEL,
+                )
+        axis.axvline(rows.goal.iloc[0] if len(rows) else 0, color="black", linewidth=1)
+        axis.set(title=heading, xlabel=label)
+        axis.grid(False, axis="y")
+    axes[0].set_xscale("symlog", linthresh=1)
+    axes[0].set_xticks([-10, -1, 0, 1], ["-10", "-1", "0", "1"])
+    axes[0].set_yticks(range(len(sizes)), [f"{model}\n{size:.0f} M" for model, size in sizes.items()])
+    axes[0].set_ylim(len(sizes) - 0.5, -0.5)
+    return figure
+
+
+def cosine_title(statements: pd.DataFrame) -> str:
+    """For how many models each entropy beats cosine, as a sentence."""
+    rows = statements[statements.statement.str.contains("beats cosine")]
+    won = rows.verdict.eq("holds").groupby(rows.statement, sort=False).agg(["sum", "size"])
+    parts = [f"{name.split()[0]} entropy in {row['sum']} of {row['size']} models" for name, row in won.iterrows()]
+    return f"Cosine loses to {' and to '.join(parts)}"
+
+
+def method_costs(profile: Profile, models: Iterable[str], kind: str = "attention") -> pd.DataFrame:
+    """Loss of every method at its largest number of sub-blocks of a kind: a row per method, a column per model."""
+    columns = {}
+    for model in models:
+        table = committed_run(profile, model, "02_pruning.csv")
+        rows = table[(table.kind == kind) & (table.rule != RANDOM)]
+        columns[model] = rows[rows.n_dropped == rows.n_dropped.max()].set_index(METHOD_COLUMNS).nll
+    return pd.DataFrame(columns)
+
+
+def order_agreement(costs: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau between the orders of the methods in every two models: models, methods (in both), tau.
+
+    The methods are no sample, so there is no interval.
+    """
+    rows = []
+    for left, right in combinations(costs, 2):
+        pair = costs[[left, right]].dropna()
+        rows.append((f"{left}, {right}", len(pair), float(kendalltau(*pair.to_numpy().T).statistic)))
+    return pd.DataFrame(rows, columns=["models", "methods", "tau"])
+
+
+def first_token_share(profile: Profile, models: Iterable[str]) -> pd.DataFrame:
+    """The fall of bucket entropy with and without the first token of each window, and its largest step as a share of it.
+
+    Returns:
+        model, boundary (first layer of the rising stage), fall, fall_low, fall_high, share, without_first (the fall, in nats).
+    """
+    rows = []
+    for model in models:
+        stages = committed_run(profile, model, "01_stages.csv")
+        if stages is not None:
+            own = stages[(stages.estimator == "bucket") & (stages.weights == "trained")].set_index("first_token")
+            values = own.loc[True, ["boundary", "fall", "fall_low", "fall_high", "share"]]
+            rows.append((model, *values, own.loc[False, "fall"]))
+    columns = ["model", "boundary", "fall", "fall_low", "fall_high", "share", "without_first"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def published_retention() -> pd.DataFrame:
+    """The paper's table for attention layers of Llama-3.1-8B: method, n_dropped, n_total, accuracy, retention, note.
+
+    Its source is secondary and two of its cells are identical.
+    """
+    table = published_figures("others")
+    table = table[table.metric == PAPER_TABLE].assign(accuracy=lambda rows: rows.value.astype(float))
+    dense = table[table.method == "dense"].accuracy.item()
+    rows = table[table.unit == "attention"].astype({"n_dropped": int, "n_total": int})
+    rows = rows.assign(retention=rows.accuracy / dense)
+    return rows[["method", "n_dropped", "n_total", "accuracy", "retention", "note"]].reset_index(drop=True)
+
+
+def measured_retention(profile: Profile, models: Iterable[str], size: str = "paper") -> pd.DataFrame:
+    """Retention of accuracy on public benchmarks at 37.5% of attention layers, from the committed claims of notebook 04.
+
+    Returns:
+        model, method, retention, low, high, evidence.
+    """
+    rows = []
+    for model in models:
+        claims = profile.committed("04_claims.csv", size, model)
+        if claims is not None:
+            parts = claims.claim.str.extract(r"37\.5% of attention layers by (?P<method>\w+) keeps 95% of accuracy" + MEASURED)
+            found = claims.assign(method=parts.method).dropna(subset="method")
+            rows += [(model, row.method, row.measured, row.low, row.high, row.evidence) for row in found.itertuples()]
+    return pd.DataFrame(rows, columns=["model", "method", "retention", "low", "high", "evidence"])
+
+
+def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str) -> Figure:
+    """The published retention against the share of attention layers dropped, and the measured one at 37.5%."""
+    figure, (axis,) = headed_panels(title, 1, 3.0)
+    axis.axhline(0.95, color="black", linewidth=1)
+    axis.annotate("95%", (0.115, 0.952), fontsize=8, va="bottom")
+    looks = {"EntroDrop": (COLOURS["bucket"], "o-"), "LLM-Drop (cosine)": (COLOURS["cosine"], "s--")}
+    for method, (colour, style) in looks.items():
+        rows = published[published.method == method]
+        axis.plot(rows.n_dropped / rows.n_total, rows.retention, style, color=colour, markersize=5)
+        x, y = rows.n_dropped.iloc[-1] / rows.n_total.iloc[-1], rows.retention.iloc[-1]
+        axis.annotate(f"{method},\nLlama-3.1-8B", (x, y), (8, 0), color=colour, va="center", **LABEL)
+    for place, row in enumerate(measured.itertuples()):
+        x, colour = 0.375 + 0.022 * (place + 1), COLOURS.get(row.method, GREY)
+        axis.plot([x, x], [row.low, row.high], color=colour, linewidth=2.5, alpha=0.6)
+        axis.plot(x, row.retention, "D", color=colour, markersize=5)
+        axis.annotate(row.method.replace("knn", "KNN"), (x, row.high), (0, 3), color=colour, ha="center", **LABEL)
+    axis.set(xlabel="share of attention layers dropped", ylabel="accuracy kept", xlim=(0.11, 0.6))
+    axis.yaxis.set_major_formatter("{x:.0%}")
+    axis.xaxis.set_major_formatter("{x:.1%}")
+    axis.set_xticks(np.unique(published.n_dropped / published.n_total))
+    return figure
+
+
+def scale_sentences(statements: pd.DataFrame, taus: pd.DataFrame) -> list[str]:
+    """Sentences: which statements hold for all models, which for none, and whether the order of methods carries over."""
+    table = verdict_table(statements)["over the models"]
+    words = {"holds for all": "holds for all", "holds for none": "holds for none", "not shown for any": "is not shown for any"}
+    lines = [
+        f"Statement that {phrase}: {'; '.join(names)}."
+        for word, phrase in words.items()
+        if (names := list(table.index[table == word]))
+    ]
+    some = [f"{name} ({word.removeprefix('holds for ')})" for name, word in table.items() if " of " in word]
+    lines += [f"Statement that holds for some: {'; '.join(some)}."] if some else []
+    if len(taus):
+        lines += [f"Kendall's tau of the order of methods is {row.tau:.2f} between {row.models}." for row in taus.itertuples()]
+    return lines

@@ -1,0 +1,55 @@
+"""The claims by size: what is read from committed tables, and the words that follow from the verdicts."""
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from entrodrop_utils.models import KNOWN
+from entrodrop_utils.paths import RESULTS
+from entrodrop_utils.profile import Profile
+from entrodrop_utils.studies import scale
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (["holds", "holds"], "holds for all"),
+        (["holds", "inconclusive", "does not hold"], "holds for 1 of 3"),
+        (["does not hold", "single step"], "holds for none"),
+        (["does not hold", "inconclusive"], "not shown for any"),
+    ],
+)
+def test_the_verdict_over_models_follows_from_those_of_each(verdicts, words):
+    assert scale.overall(verdicts) == words
+
+
+def test_statements_are_those_of_the_committed_claims():
+    models = scale.models_by_size()
+    assert list(models) == sorted(models, key=lambda model: KNOWN[model]["parameters"]) and len(models) > 1
+    statements = scale.statements_by_size(Profile(), models)
+    for row in statements.itertuples():
+        files = [RESULTS / row.model / size / "claims.csv" for size in scale.RUNS]
+        claims = pd.read_csv(next(file for file in files if file.is_file()))
+        assert ((claims.measured == row.measured) & (claims.verdict == row.verdict)).any()
+    table = scale.verdict_table(statements)
+    assert set(table.columns) == {*models, "over the models"}
+    text = " ".join(scale.scale_sentences(statements, pd.DataFrame()))
+    assert all(statement in text for statement in table.index)
+
+
+def test_the_order_of_methods_is_compared_by_counting_pairs():
+    costs = pd.DataFrame({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0, 3.0, 2.0, np.nan], "c": [3.0, 2.0, 1.0, 0.0]})
+    taus = scale.order_agreement(costs).set_index("models")
+    for left, right in combinations(costs, 2):
+        pair = costs[[left, right]].dropna().to_numpy()
+        signs = [np.sign((x[0] - y[0]) * (x[1] - y[1])) for x, y in combinations(pair, 2)]
+        assert taus.loc[f"{left}, {right}"].tolist() == pytest.approx([len(pair), np.mean(signs)])
+
+
+def test_the_published_table_keeps_less_than_its_abstract_says():
+    table = scale.published_retention().set_index(["method", "n_dropped"])
+    assert table.retention["EntroDrop", 12] == pytest.approx(0.5467 / 0.5872)
+    assert table.retention["LLM-Drop (cosine)", 12] == table.retention["EntroDrop", 12] < 0.95
+    assert table.note.str.contains("unverified").all()
