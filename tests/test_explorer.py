@@ -273,10 +273,14 @@ def test_the_shared_line_recreates_the_state(explorer, monkeypatch):
         shown[0].close()
 
 
-def test_runtimes_are_offered_where_the_package_has_them(ranking, monkeypatch, tmp_path):
-    monkeypatch.setattr(sharing, "exports", lambda: [])
-    with pytest.raises(ValueError, match="unknown runtime 'gguf': choose one of none that is installed"):
-        sharing.export_to("gguf", ranking, Choice(ranking.order, 1), str(tmp_path / "x"))
+def test_an_export_holds_what_is_chosen(ranking, tmp_path):
+    ranking.loaded.tokenizer = None  # a file that reads ids: these letters are no tokenizer that a file can hold
+    exported = sharing.export_to("gguf", ranking, Choice(ranking.order, 2), str(tmp_path / "new" / "smaller.gguf"))
+    assert exported.path.stat().st_size == exported.nbytes
+    assert (exported.layers, exported.kv_layers) == (6, 4)
+    assert len(find(ranking.loaded.model, "attention")) == 6
+    with pytest.raises(ValueError, match="unknown runtime 'onnx': choose one of gguf, vllm, mlx"):
+        sharing.export_to("onnx", ranking, Choice(ranking.order, 1), str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize(
