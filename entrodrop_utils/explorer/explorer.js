@@ -532,7 +532,7 @@ class Page {
     const { part } = this, { folder, model } = this.get("share"), choice = this.get("choice");
     this.runtime = runtime;
     part.card.textContent = `${model} ${choice.counted}, chosen by ${choice.said}. The card says so, and on which text, and what it costs.`;
-    part.path.value = runtime ? `${folder}-${runtime}` : folder;
+    part.path.value = { "": folder, gguf: `${folder}.gguf` }[runtime] ?? `${folder}-${runtime}`;
     part.repaired.parentElement.hidden = Boolean(runtime);
     part.dialog.showModal();
     part.path.select();

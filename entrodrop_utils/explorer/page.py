@@ -59,7 +59,7 @@ class Page:
                 "roles": list(ROLES),
                 "columns": drawing.COLUMNS,
                 "ghosts": drawing.ghosts(),
-                "exports": sharing.exports(),
+                "exports": list(sharing.RUNTIMES),
             }
         )
         self.widget.on_msg(lambda _, content, __: self.receive(content))
@@ -159,8 +159,7 @@ class Page:
         def job() -> None:
             try:
                 if runtime:
-                    where = sharing.export_to(runtime, ranking, choice, path)
-                    self._share = {"saved": f"Exported to {where}."}
+                    self._share = {"saved": str(sharing.export_to(runtime, ranking, choice, path))}
                 else:
                     where = sharing.save(ranking, choice, path, repaired)
                     self._share = {"saved": f"Saved. load_pruned({str(where)!r}) reads it."}

@@ -1,11 +1,10 @@
 """What leaves the explorer: code that recreates its state, a saved model with its card, and files for other runtimes."""
 
 import copy
-import importlib
-import importlib.util
 from dataclasses import fields
 from pathlib import Path
 
+from ..export import Exported, gguf, mlx, vllm
 from ..model_card import Card
 from ..paths import ROOT
 from ..profile import slug
@@ -16,6 +15,8 @@ from ..text import text_digest
 from .choice import Choice
 from .settings import Settings
 from .state import Ranking
+
+RUNTIMES = {"gguf": gguf, "vllm": vllm, "mlx": mlx}  # for llama.cpp, vLLM and mlx-lm
 
 
 def state_line(settings: Settings, choice: Choice) -> str:
@@ -83,28 +84,18 @@ def save(ranking: Ranking, choice: Choice, path: str, repaired: bool = False) ->
         return save_pruned(remove(copy.deepcopy(loaded.model), drop, maps), folder, loaded.tokenizer, card)
 
 
-def exports() -> list[str]:
-    """The formats of the package's exporters, where they and their libraries are installed."""
-    package = __package__.rsplit(".", 1)[0]
-    if importlib.util.find_spec(f"{package}.export") is None:
-        return []
-    export = importlib.import_module(f"{package}.export")
-    return [name for name in ("gguf", "vllm", "mlx") if callable(getattr(export, name, None))]
-
-
-def export_to(name: str, ranking: Ranking, choice: Choice, path: str) -> Path:
-    """Write the model without the selection as a file of another runtime.
+def export_to(name: str, ranking: Ranking, choice: Choice, path: str) -> Exported:
+    """Write the model without the selection for another runtime; what was written, and what that runtime keeps of it.
 
     Raises:
-        ValueError: an unknown runtime, or no path.
+        ValueError: an unknown runtime, no path, or what the runtime cannot compute.
     """
-    if name not in exports():
-        raise ValueError(f"unknown runtime {name!r}: choose one of {', '.join(exports()) or 'none that is installed'}")
+    if name not in RUNTIMES:
+        raise ValueError(f"unknown runtime {name!r}: choose one of {', '.join(RUNTIMES)}")
     if not path.strip():
         raise ValueError("name a file or folder to export the pruned model to")
-    writer = getattr(importlib.import_module("entrodrop_utils.export"), name)
     loaded, target = ranking.loaded, ROOT / Path(path.strip()).expanduser()
     with loaded.alone():
         report_step(f"exporting to {name}", 0, None)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(writer(remove(copy.deepcopy(loaded.model), choice.dropped), target, loaded.tokenizer) or target)
+        return RUNTIMES[name](remove(copy.deepcopy(loaded.model), choice.dropped), target, loaded.tokenizer)
