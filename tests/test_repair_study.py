@@ -153,8 +153,6 @@ def test_the_promise_is_counted_up_to_the_first_number_that_breaks_it(measured):
 
 def test_repetition(measured):
     model, repairs, *_ = measured
-    assert study.repeated_share([1, 2, 3, 4, 5], 4) == 0
-    assert study.repeated_share([1, 2, 1, 2, 1, 2], 2) == pytest.approx(3 / 5)
     table = study.repetition(model, ids(3, 6), {"linear": (SETS[0], repairs["linear"])}, n_new=8, gram=2)
     assert table.variant.tolist() == ["dense", "linear"]
     assert table.repeated.between(0, 1).all()
