@@ -81,8 +81,7 @@ function build(page) {
   page.id = id;
   const legend = element("div", { class: "ed-row ed-legend" },
     element("span", { class: "ed-ramp", "aria-hidden": "true" }), element("span", { title: "logarithmic in both directions from zero" }, "below zero, zero, above"),
-    swatch("gone"), element("span", {}, "dropped"), swatch("hand"), element("span", {}, "by hand"),
-    swatch("lock"), element("span", {}, "protected by the rule"),
+    ...[["gone", "dropped"], ["hand", "by hand"], ["lock", "protected by the rule"]].map(([name, text]) => element("span", { class: "ed-entry" }, swatch(name), text)),
     labelled("published lists", part.ghosts, { class: "ed-field", title: "layers that were dropped from other models, at their relative depth" }));
 
   part.slider = element("input", { type: "range", min: 0, max: 1, step: 1, "aria-label": "number dropped" });
@@ -229,21 +228,21 @@ class Page {
     const data = this.get("map"), { part } = this;
     if (!data.rows) return;
     part.title.textContent = data.title;
-    const width = (this.width = part.map.clientWidth || 700), left = width < 420 ? 62 : 66, n = data.layers;
-    const column = (this.column = (width - left) / n), height = 22, top = 14;
+    const width = (this.width = part.map.clientWidth || 700), left = 66, n = data.layers;
+    const column = (this.column = Math.max(2, (width - left) / n)), height = 22, top = 14;
     this.place = (layer) => left + layer * column;
     part.map.setAttribute("viewBox", `0 0 ${width} ${top + 3 * (height + 2) + 26}`);
-    const every = column < 13 ? 5 : column < 18 ? 2 : 1;
+    const every = column < 8 ? 10 : column < 13 ? 5 : column < 18 ? 2 : 1;
     this.cells = {};
     const rows = KINDS.map((kind, r) => {
       const y = top + r * (height + 2);
       const cells = data.rows[kind].map((cell) => {
         const label = this.described(cell, kind);
-        const box = { x: this.place(cell.layer) + 0.5, y, width: Math.max(2, column - 1), height, rx: 2 };
+        const box = { x: this.place(cell.layer) + 0.5, y, width: Math.max(1, column - 1), height, rx: 2 };
         const group = draw("g", { class: "ed-cell", role: "gridcell", tabindex: -1, "aria-label": label, "data-layer": cell.layer, "data-kind": kind },
           draw("rect", { ...box, fill: shade(cell.shade), class: "ed-box" }),
           draw("rect", { ...box, fill: `url(#${this.id}-hatch)`, class: "ed-gone" }),
-          draw("circle", { cx: box.x + box.width / 2, cy: y + height / 2, r: Math.min(3, column / 4), class: "ed-hand ed-hand-mark" }));
+          draw("circle", { cx: box.x + box.width / 2, cy: y + height / 2, r: Math.min(3, column / 3), class: "ed-hand ed-hand-mark" }));
         this.cells[key([cell.layer, kind])] = { group, cell, kind };
         return group;
       });
@@ -440,7 +439,8 @@ class Page {
     const all = [...data.lines.flatMap((line) => line.points.map((p) => p[1])), ...data.random.map((r) => r[3])];
     const most = Math.max(0.1, ...all.filter((v) => v !== null)), count = Math.max(1, data.most, ...data.lines.flatMap((l) => l.points.map((p) => p[0])));
     const x = (n) => box.left + (n / (count + 0.5)) * (box.right - box.left);
-    const y = (value) => box.bottom - Math.sqrt(Math.max(0, value) / most) * (box.bottom - box.top - 8);
+    const root = (value) => Math.sign(value) * Math.sqrt(Math.abs(value)), low = root(Math.min(0, ...all.filter((v) => v !== null)));
+    const y = (value) => box.bottom - ((root(value) - low) / (root(most) - low)) * (box.bottom - box.top - 8);
     this.countAt = (n) => x(n);
     const steps = [0, 0.1, 0.5, 1, 2, 5, 10, 20, 50].filter((v) => v <= most).filter((v, i, some) => i === 0 || y(some[i - 1]) - y(v) > 9 || v > most / 3);
     const every = count > 12 ? 5 : 1;
