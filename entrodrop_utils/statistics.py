@@ -95,8 +95,8 @@ def half_interval(estimate: float, halves: Float[np.ndarray, "draw"], n_units: i
     moved into the range of the statistic. They are nan for fewer than two units, and where every half gives the estimate: the
     statistic is too coarse for its spread to be seen.
     """
-    deviation = np.sqrt(np.mean((np.asarray(halves) - estimate) ** 2))
-    if n_units < 2 or deviation == 0:
+    deviation = np.sqrt(np.mean((np.asarray(halves) - estimate) ** 2)) if n_units > 1 and len(halves) else 0.0
+    if deviation == 0:
         return Interval(float(estimate), float("nan"), float("nan"))
     width = stats.t.ppf(0.5 + CONFIDENCE / 2, n_units - 1) * deviation
     return Interval(float(estimate), float(estimate - width), float(estimate + width))

@@ -72,3 +72,10 @@ def test_functions_of_a_study_are_not_cached():
     for measure in (curves.log_scale, without_first(curves.largest_activation)):
         assert cache.subkey("base", measure) is None
     assert cache.subkey("base", without_first(entropy.bucket)) is not None
+
+
+def test_a_fall_that_the_first_layer_makes_is_a_single_step():
+    fall = np.random.default_rng(0).normal(5, 0.1, 12)
+    curves_ = np.stack([fall, fall, 0 * fall, 1 + 0 * fall, 2 + 0 * fall, 3 + 0 * fall, 4 + 0 * fall], axis=1)  # three layers
+    stage = curves.stages(curves_)
+    assert (stage.boundary, stage.share.estimate, stage.verdict) == (1, 1.0, "single step") and np.isnan(stage.share.low)

@@ -106,6 +106,10 @@ def test_what_an_interval_decides(low, high, goal, claim, difference):
     assert comparison(low, high) == difference
 
 
+def test_without_halves_there_is_no_interval_and_no_warning():
+    assert np.isnan(half_interval(1.0, np.array([]), 5)[1:]).all() and np.isnan(half_interval(1.0, np.array([]), 1)[1:]).all()
+
+
 def test_a_statistic_that_no_half_changes_has_no_interval_and_no_verdict():
     depths = half_sampling(lambda means: float(means.argmin()), np.tile([3.0, 1.0, 2.0], (6, 1)))
     assert depths.estimate == 1 and np.isnan(depths.low) and np.isnan(depths.high)

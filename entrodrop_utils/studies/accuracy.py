@@ -144,7 +144,7 @@ def _mean_row(retentions: Retentions, drop_set: DropSet) -> dict[str, object]:
     return row | (dict(zip(ABOVE_CHANCE, chance.share([drop_set], above=True), strict=True)) if chance else {})
 
 
-def counted(accuracy: pd.DataFrame) -> pd.DataFrame:
+def counted_accuracies(accuracy: pd.DataFrame) -> pd.DataFrame:
     """The rows of ``accuracy_table`` that enter the mean: one accuracy for each task, normed by length where the task has that."""
     return accuracy.loc[accuracies(accuracy[["task", "task_metric"]].rename(columns={"task_metric": "metric"})).index]
 
@@ -155,7 +155,7 @@ def dense_table(accuracy: pd.DataFrame, model: str = "") -> pd.DataFrame:
     Args:
         model: a name in the table of published model cards, which adds the column "model card".
     """
-    rows = counted(accuracy[(accuracy.metric == DENSE.metric) & (accuracy.task != "mean")]).set_index("task")
+    rows = counted_accuracies(accuracy[(accuracy.metric == DENSE.metric) & (accuracy.task != "mean")]).set_index("task")
     above = (rows.value - rows.chance > 2 * rows.stderr).map({True: "yes", False: "no"})
     table = rows[["task_metric", "value", "stderr", "chance", "n"]].astype({"n": int}).assign(**{"above chance": above})
     if model:
@@ -203,7 +203,7 @@ def task_by_task(accuracy: pd.DataFrame, kind: str, n: int) -> pd.DataFrame:
     rows = accuracy[(accuracy.metric == DENSE.metric) | (accuracy.kind == kind) & (accuracy.n_dropped == n)]
     rows = with_labels(rows.assign(first_token=True))
     means = rows[rows.task == "mean"].set_index("method")[["value", PAPER_COUNT[0], ABOVE_CHANCE[0]]]
-    tasks = counted(rows[rows.task != "mean"]).pivot_table(index="method", columns="task", values="value", sort=False)
+    tasks = counted_accuracies(rows[rows.task != "mean"]).pivot_table(index="method", columns="task", values="value", sort=False)
     return tasks.join(means.set_axis(["mean", "retention", "above chance"], axis=1))
 
 

@@ -84,11 +84,14 @@ def _stages(
 def stage_verdict(fall: Interval, rise: Interval, share: Interval) -> str:
     """Whether a curve falls over the early layers and then rises.
 
-    It holds where fall and rise exceed 0 and no layer makes more than half of the fall; it is a single step where one does.
+    It holds where fall and rise exceed 0 and no layer makes more than half of the fall; it is a single step where one does, and
+    where the first layer makes all of it: the share is then 1 on every half of the windows and has no interval.
     """
     worst = min((verdict(stage.low, stage.high) for stage in (fall, rise)), key=VERDICTS.index)
     if worst != "holds":
         return worst
+    if share.estimate == 1:
+        return SINGLE_STEP
     return {"holds": SINGLE_STEP, "does not hold": "holds"}.get(verdict(share.low, share.high, 0.5), "inconclusive")
 
 

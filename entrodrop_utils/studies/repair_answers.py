@@ -8,6 +8,7 @@ import pandas as pd
 from ..layerwise import DropSet
 from ..statistics import Interval, comparison, mean_interval
 from ..text import mixture
+from .comparison import extra_cost
 from .methods import KIND_NAMES, RANDOM, Choice, Method
 from .repair_study import LEFT, NONE, SINGLE, Losses, gap_everywhere, increase_elsewhere, most_kept, saved_elsewhere
 
@@ -113,14 +114,14 @@ def _rule_answers(losses: Losses, sets: Mapping[Method, DropSet], reference: Met
     for rival in (Method(SINGLE), reference):
         gap = gap_everywhere(losses, sets[Method(LEFT)], sets[rival], "linear")
         verdict = comparison(-gap.high, -gap.low, "the rule for repair is better", "it is worse")
-        yield f"Choosing for repair: by what is left, repaired models cost {gap:.2f} nats more than by {rival.label}: {verdict}."
+        yield f"Choosing for repair: by what is left, repaired models cost {extra_cost(gap)} than by {rival.label}: {verdict}."
     for name in sets:
         if name.metric in ("bucket", "knn"):
             bare, repaired = (gap_everywhere(losses, sets[name], sets[reference], how) for how in (NONE, "linear"))
             verdict = comparison(repaired.low, repaired.high, "it does not catch up", "it overtakes")
             yield (
-                f"Entropy: the choice by {name.label} costs {bare:.2f} nats more than by {reference.metric} bare, {repaired:.2f} "
-                f"after linear repair: {verdict}."
+                f"Entropy: the choice by {name.label} costs {extra_cost(bare)} than by {reference.metric} bare, "
+                f"{extra_cost(repaired)} after linear repair: {verdict}."
             )
 
 
@@ -134,7 +135,7 @@ def _text_answer(texts: pd.DataFrame, fitted_on: str) -> Iterator[str]:
 
 def _promise_answer(kept: pd.DataFrame) -> Iterator[str]:
     for name, most in most_kept(kept).iterrows():
-        counts = ", ".join(f"{n:.0f} on {domain}" for domain, n in most.items())
+        counts = ", ".join(f"{n:.0f} on {domain}" if n else f"none shown on {domain}" for domain, n in most.items())
         yield f"Promise, {'bare' if name == NONE else name}: most sub-blocks up to which it is kept: {counts}."
 
 

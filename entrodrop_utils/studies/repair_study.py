@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..residual import SubBlock, find
 from ..selection import protected_layers
 from ..statistics import Interval, comparison, interval_text, mean_interval, paired_difference
 from ..text import mixture
+from .generation import repeated_shares
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, losses_of
 
 NONE, HOWS = "none", ("constant", "linear")
@@ -210,19 +210,8 @@ def repetition(
     rows = []
     for name, (drop_set, fitted) in {"dense": ((), None), **variants}.items():
         with dropped(model, drop_set, fitted) if drop_set else nullcontext():
-            whole = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False
-            )
-        rows.append(
-            (name, *mean_interval(np.array([repeated_share(tokens, gram) for tokens in whole[:, prompts.shape[1] :].tolist()])))
-        )
+            rows.append((name, *mean_interval(repeated_shares(model, prompts, n_new, gram))))
     return pd.DataFrame(rows, columns=["variant", "repeated", "low", "high"])
-
-
-def repeated_share(tokens: Sequence[int], gram: int) -> float:
-    """The share of the runs of ``gram`` tokens that stood earlier in the same text."""
-    runs = [tuple(tokens[i : i + gram]) for i in range(len(tokens) - gram + 1)]
-    return 1 - len(set(runs)) / len(runs)
 
 
 def repair_figure(table: pd.DataFrame, kind: str, n: int, title: str) -> Figure:

@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -16,7 +15,6 @@ from .. import search
 from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.decoder import decoder_layers
-from ..families.self_check import measuring
 from ..figures import COLOURS, GREY, headed_panels, log_axis
 from ..layerwise import DropSet
 from ..progress import progress
@@ -25,6 +23,7 @@ from ..scoring import Metric
 from ..search import SearchResult
 from ..similarity import SIMILARITIES
 from ..statistics import paired_difference
+from .generation import repeated_shares
 from .methods import losses_of
 
 OURS = "lazy greedy"
@@ -33,7 +32,6 @@ KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("a
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
 KIND_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", MIXED: "#000000"}
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
-N_GRAM = 4  # tokens of the pieces whose repetition is counted
 LIMIT = 0.5  # nats per token: the increase at which a method is said to fall off
 
 
@@ -114,19 +112,6 @@ def tradeoff_table(
     return pd.DataFrame(rows, columns=[*columns, "retention", "forward_passes"])
 
 
-@measuring
-def repetition(model: PreTrainedModel, prompts: Int[Tensor, "prompt token"], n_new: int) -> float:
-    """The share of ``N_GRAM``-token pieces of greedy continuations that occurred earlier in the same continuation."""
-    mask = torch.ones_like(prompts)
-    settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
-    texts = model.generate(prompts.to(model.device), attention_mask=mask.to(model.device), **settings)[:, prompts.shape[1] :]
-    shares = []
-    for text in texts.tolist():
-        pieces = list(zip(*(text[i:] for i in range(N_GRAM)), strict=False))
-        shares.append(1 - len(set(pieces)) / len(pieces))
-    return float(np.mean(shares))
-
-
 def repetition_table(
     model: PreTrainedModel,
     prompts: Int[Tensor, "prompt token"],
@@ -139,7 +124,7 @@ def repetition_table(
     shares = {}
     for drop_set in progress(dict.fromkeys(sets.values()), "greedy generation"):
         with dropped(model, drop_set):
-            shares[drop_set] = repetition(model, prompts, n_new)
+            shares[drop_set] = float(repeated_shares(model, prompts, n_new).mean())
     rows = [(kind, n, costs[kind, n], shares[drop_set]) for (kind, n), drop_set in sets.items()]
     return pd.DataFrame(rows, columns=["kind", "n_dropped", "increase", "repetition"])
 
