@@ -52,7 +52,7 @@ test-all: env ## all tests
 	$(PY) -m pytest
 
 test-browser: env ## JupyterLab in a headless Chromium or Chrome, skipped where there is none
-	$(PY) -m pytest -m browser -rs
+	$(PY) -m pytest -m "browser and not slow" -rs
 
 # Their own folders: what they pin must not change .venv. A test says why it is skipped where a wheel does not exist.
 build/export/.llama.cpp: pyproject.toml | env

@@ -373,7 +373,7 @@ def test_drawings_name_every_number(explorer):
     cost = held.cost(choice.dropped, ranking.settings)
     factor = math.exp(cost.loss.mean - held.cost((), ranking.settings).loss.mean)
     assert now["cells"]["perplexity"] == f"{cost.loss.perplexity:.1f} (×\u00a0{factor:.1f})"
-    assert now["cells"]["kl"] == f"{cost.kl.mean:.3f} ± {cost.kl.stderr:.3f}"
+    assert now["cells"]["kl"] == f"{cost.kl.mean:.3f}\u00a0±\u00a0{cost.kl.stderr:.3f}"
     assert drawing.map_of(ranking)["title"] == "entropy increase, knn (k 3) (nats), ranked on docs"
     assert drawing.map_of(ranking)["protected"] == [0, 1, 5]
     (line,) = drawing.curves_of(ranking, choice, [])["lines"]

@@ -31,7 +31,7 @@ COLUMNS = {
 }
 
 
-def counted(n: int, total: int, kind: str) -> str:
+def count_in_words(n: int, total: int, kind: str) -> str:
     """A number of sub-blocks in words."""
     return f"{n} of {total} {NAMES[kind]}s"
 
@@ -96,7 +96,7 @@ def described(ranking: Ranking, drop: Sequence[SubBlock]) -> str:
     """The selection in words."""
     counts = {kind: sum(s.kind == kind for s in drop) for kind in KINDS}
     named = [kind for kind in KINDS if counts[kind]] or [ranking.settings.kind]
-    return "without " + " and ".join(counted(counts[kind], len(ranking.loaded.sub_blocks[kind]), kind) for kind in named)
+    return "without " + " and ".join(count_in_words(counts[kind], len(ranking.loaded.sub_blocks[kind]), kind) for kind in named)
 
 
 def curves_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> dict:
@@ -186,12 +186,12 @@ def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[st
         else {}
     )
     return {
-        "loss": cost and f"{cost.loss.mean:.2f} ± {cost.loss.stderr:.2f}{increase}",
-        "kl": "0" if not drop else cost and f"{cost.kl.mean:.3f} ± {cost.kl.stderr:.3f}",
+        "loss": cost and f"{cost.loss.mean:.2f}\u00a0±\u00a0{cost.loss.stderr:.2f}{increase}",
+        "kl": "0" if not drop else cost and f"{cost.kl.mean:.3f}\u00a0±\u00a0{cost.kl.stderr:.3f}",
         "perplexity": cost and f"{_short(cost.loss.perplexity)}{factor}",
         "repaired": "–"
         if not drop or (known_repair and repaired is None)
-        else repaired and f"{repaired.mean:.2f} ± {repaired.stderr:.2f}",
+        else repaired and f"{repaired.mean:.2f}\u00a0±\u00a0{repaired.stderr:.2f}",
         "parameters": size and f"{size.parameters / 1e6:.1f} M{share.get('parameters', '')}",
         "cache": size and f"{size.cache / 1e6:.1f} MB{share.get('cache', '')}",
         "speed": rate and f"{rate:.0f}",

@@ -93,7 +93,8 @@ class LoadedModel:
         self.sub_blocks = {kind: find(self.model, kind) for kind in KINDS}
         self._model_lock, self._queue = threading.Lock(), threading.Lock()
         self._losses: dict[str, IncrementalLosses] = {}
-        self._kept: dict[str, tuple[str | None, int]] = {}
+        self._stored: dict[str, dict[DropSet, pd.DataFrame]] = {}  # costs on disk
+        self._keys: dict[str, str | None] = {}
         self._results: dict[tuple, object] = {}
         protected = protected_layers(PUBLISHED_PROTECTED, self.depth)
         pools = [[s for s in self.sub_blocks[kind] if s.layer not in protected] for kind in KINDS]
@@ -200,11 +201,13 @@ class LoadedModel:
                 losses = IncrementalLosses(self.model, windows)
                 key = cache.subkey(cache.model_key(self.model, "evaluation"), cache.tensor_digest(windows))
                 table = cache.read("explorer", key)
-                for name, rows in table.groupby("set") if table is not None else ():
-                    losses.results[_parsed(name)] = (Estimate.of(rows.nll.to_numpy()), Estimate.of(rows.kl.to_numpy()))
-                self._losses[source], self._kept[source] = losses, (key, len(losses.results))
-            losses = self._losses[source]
-            result = Cost(*losses(drop))
+                stored = {_parsed(name): rows for name, rows in table.groupby("set")} if table is not None else {}
+                self._losses[source], self._stored[source], self._keys[source] = losses, stored, key
+            losses, stored, drop_set = self._losses[source], self._stored[source], tuple(sorted(drop))
+            if drop_set in stored and drop_set not in losses.results:  # only what is asked for is known: figures do not depend on
+                rows = stored[drop_set]  # what earlier runs left
+                losses.results[drop_set] = (Estimate.of(rows.nll.to_numpy()), Estimate.of(rows.kl.to_numpy()))
+            result = Cost(*losses(drop_set))
             while sum(state.nbytes for state in losses.states.values()) > MAX_STATES:
                 del losses.states[next(iter(losses.states))]
             return result
@@ -212,15 +215,13 @@ class LoadedModel:
     def keep(self) -> None:
         """Write the costs that are new since the last call to the cache on disk."""
         for source, losses in list(self._losses.items()):
-            (key, n), results = self._kept[source], dict(losses.results)
-            if len(results) > n:
-                rows = [
-                    (" ".join(f"{layer}:{kind}" for layer, kind in drop_set), window, nll, kl)
-                    for drop_set, (loss, divergence) in results.items()
-                    for window, (nll, kl) in enumerate(zip(loss.per_window, divergence.per_window, strict=True))
-                ]
-                cache.write("explorer", key, pd.DataFrame(rows, columns=["set", "window", "nll", "kl"]))
-                self._kept[source] = (key, len(results))
+            stored = self._stored[source]
+            new = {drop_set: result for drop_set, result in dict(losses.results).items() if drop_set not in stored}
+            for drop_set, (loss, divergence) in new.items():
+                name = " ".join(f"{layer}:{kind}" for layer, kind in drop_set)
+                stored[drop_set] = pd.DataFrame({"set": name, "nll": loss.per_window, "kl": divergence.per_window})
+            if new:
+                cache.write("explorer", self._keys[source], pd.concat(stored.values(), ignore_index=True))
 
     def draws(self, drop: Iterable[SubBlock]) -> list[DropSet]:
         """Random choices of as many sub-blocks of the same kinds, from the layers that are not protected; none where a mixture of

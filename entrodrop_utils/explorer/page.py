@@ -241,6 +241,7 @@ class Page:
         for metric in scoring.METRICS:
             yield lambda metric=metric: self._rank(ranking, metric)
         yield from (cost(draw) for drop in (choice.dropped, *(pin.drop for pin in pins)) for draw in loaded.draws(drop))
+        yield lambda: loaded.repaired(choice.dropped, settings, settings)
         yield from (cost(choice.at(count)) for count in near[7:])
         for pin in pins:
             yield from (cost(pin.order[:count]) for count in range(len(pin.order) + 1))

@@ -3,8 +3,10 @@
 import html
 from collections.abc import Sequence
 
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -17,41 +19,36 @@ from .state import Pin, Ranking
 DROPPED, DENSE = figures.COLOURS["knn"], figures.GREY
 LINES = (DROPPED, figures.COLOURS["bucket"], figures.COLOURS["gaussian"], figures.COLOURS["renyi"])
 
+SCORES = LinearSegmentedColormap.from_list("scores", (figures.COLOURS["renyi"], "white", figures.COLOURS["bucket"]))
+
 
 def picture(ranking: Ranking, choice: Choice, pins: Sequence[Pin], title: str) -> Figure:
     """The map, the entropy curve of the dense and the pruned model, and what was measured of the cost."""
-    figure, axes = figures.panels(2, 2, height=2.3)
+    matplotlib.style.use(figures.STYLE)
+    figure = Figure(figsize=(figures.WIDTH, 5.2))
     figures.title_sentence(figure, title)
-    grid = axes[0].get_gridspec()
-    for axis in axes[:2]:
-        axis.remove()
-    top = figure.add_subplot(grid[0, :])
-    sub_block_map(top, ranking, choice)
+    axes = figure.subplot_mosaic([["map", "map"], ["entropy", "cost"]], height_ratios=(2, 3))
+    sub_block_map(axes["map"], ranking, choice)
     curves = drawing.curves_of(ranking, choice, pins)
-    entropy_curves(axes[2], curves)
-    cost_curves(axes[3], curves, choice)
+    entropy_curves(axes["entropy"], curves)
+    cost_curves(axes["cost"], curves, choice)
     return figure
 
 
 def sub_block_map(axis: Axes, ranking: Ranking, choice: Choice) -> None:
-    """Every sub-block, darker where its score is larger; dropped ones hatched, protected layers marked."""
+    """Every sub-block in the colour of its score; dropped ones hatched, protected layers marked."""
     data = drawing.map_of(ranking)
     shades = np.array([[cell["shade"] for cell in data["rows"][kind]] for kind in KINDS])
-    axis.imshow(
-        shades, cmap="PuOr_r" if (shades < 0).any() else "Blues", vmin=-1 if (shades < 0).any() else 0, vmax=1.15, aspect="auto"
-    )
+    axis.imshow(shades, cmap=SCORES, vmin=-1.1, vmax=1.1, aspect="auto")
     for layer, kind in choice.dropped:
         box = {"fill": False, "hatch": "//////", "edgecolor": DROPPED, "linewidth": 1.2}
         axis.add_patch(Rectangle((layer - 0.5, KINDS.index(kind) - 0.5), 1, 1, **box))
-    for layer in data["protected"]:
-        axis.annotate(
-            "kept", (layer, -0.5), ha="center", va="bottom", fontsize=8, color=figures.GREY, rotation=90 * (data["layers"] > 20)
-        )
+    protected = data["protected"]
+    axis.plot(protected, [-0.72] * len(protected), "v", color=figures.GREY, markersize=5, clip_on=False)
     axis.set_yticks(range(3), [{"mlp": "MLP"}.get(kind, kind) for kind in KINDS])
-    axis.set(xlabel="layer")
-    axis.set_title(
-        f"{data['title']}\n(dark: large; hatched: dropped; kept: protected by the rule)", pad=24 if data["layers"] > 20 else 14
-    )
+    axis.set_xlabel("layer")
+    axis.set_title(f"{data['title']}\nblue: above zero; pink: below; hatched: dropped; triangle: protected by the rule", pad=14)
+    axis.set(xlim=(-0.5, data["layers"] - 0.5), ylim=(2.5, -0.5))
     axis.grid(False)
 
 
@@ -65,6 +62,7 @@ def entropy_curves(axis: Axes, curves: dict) -> None:
         if values is not None:
             axis.plot(depth, values, label=name, **look)
     axis.set(title=f"{curves['entropy']} entropy of the stream", xlabel="layers passed", ylabel="nats")
+    axis.autoscale_view()  # the labels go where the lines end
     figures.label_ends(axis)
 
 
@@ -81,6 +79,7 @@ def cost_curves(axis: Axes, curves: dict, choice: Choice) -> None:
         here = points[points[:, 0] == choice.n] if i == 0 else points[:0]
         axis.plot(*here.T, "s", color=LINES[0], markersize=7, fillstyle="none")
     axis.set(title=f"cost on {curves['evaluation']}", xlabel="number dropped", ylabel="loss increase (nats)")
+    axis.autoscale_view()  # the labels go where the lines end
     figures.label_ends(axis)
 
 
