@@ -202,7 +202,7 @@ def search_claims(
         return np.mean([losses[domain][s].nll.to_numpy() for s in of[of.method == method].set], axis=0)
 
     rows = table[(table.domain == domain) & (table.kind == kind) & (table.n_dropped == n)].set_index("method")
-    cheap = rows[(rows.share <= 1.05 * rows.share[OURS]) & ~rows.index.isin([OURS, RANDOM_DRAW])]
+    cheap = rows[(rows.tokens <= 1.05 * rows.tokens[OURS]) & ~rows.index.isin([OURS, RANDOM_DRAW])]
     best, names = cheap.increase.idxmin(), f"{n} {KIND_NAMES[kind]}"
     evidence = f"{HELD_OUT}: {amount}"
     text = f"{OURS} beats the best published method of no more passes ({best}) at {names}; measured: nats per token saved"
