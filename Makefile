@@ -88,7 +88,8 @@ lab: env ## open JupyterLab on copies of the notebooks in build/lab: autosave le
 	@for n in notebooks/*.ipynb; do copy="build/lab/$${n##*/}"; \
 		if [ ! -e "$$copy" ]; then cp "$$n" "$$copy"; \
 		elif [ "$$n" -nt "$$copy" ]; then mv "$$copy" "$$copy.old"; cp "$$n" "$$copy"; fi; done
-	$(PY) -m jupyterlab build/lab
+	@ln -sfn ../figures build/figures
+	$(PY) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/build/lab
 
 html: env ## the committed notebooks as web pages in build/html
 	@$(PY) -m entrodrop_utils.runner.pages

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from ..progress import progress
+from ..progress import progress, report_step
 from .downloads import ModelUnavailable
 
 # GGUF names the pattern by which text is split before BPE. transformers knows some of these names and reads the others as GPT-2's;
@@ -103,6 +103,7 @@ def convert(name: str, path: Path, out: Path) -> None:
     """
     with quiet_transformers(), _dequantising(name), tempfile.TemporaryDirectory() as alone:
         link = Path(alone) / "model.gguf"
+        report_step(f"converting {name}", 0, None)  # transformers reads the file before its bar begins
         link.symlink_to(path.resolve())  # beside other files, transformers would take the tokenizer from them
         try:
             reader = GGUFReader(path)
@@ -114,7 +115,8 @@ def convert(name: str, path: Path, out: Path) -> None:
             config = _config(reader, quantised.config)
             tokenizer = _tokenizer(reader, link)
         except Exception as error:  # an unknown architecture, a cut file, no GGUF at all: a dozen kinds
-            reason = " ".join(str(error).split())[:600] or type(error).__name__
+            said = str(error).replace(str(link), path.name).replace(alone, str(path.parent))  # nobody knows the link
+            reason = " ".join(said.split())[:600] or type(error).__name__
             raise ModelUnavailable(f"{name} cannot be read as GGUF ({reason}): get a whole copy, or another format") from error
         with torch.device("meta"):  # no second copy of the weights
             plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -46,13 +46,22 @@ def browser():
         opened.close()
 
 
+def answered(dialog) -> None:
+    """On a slow machine Lab asks for a kernel, or reports something, in a dialog that lies over all controls."""
+    print(dialog.inner_text())
+    select = dialog.get_by_role("button", name="Select Kernel")
+    if select.count():
+        select.click()
+    else:
+        dialog.page.keyboard.press("Escape")
+
+
 @pytest.fixture
 def page(browser):
     """A page as wide as a small laptop."""
     page = browser.new_page(viewport={"width": 1366, "height": 768})
     page.set_default_timeout(60_000)
-    # On a slow machine Lab may ask or report something in a dialog, which lies over all controls
-    page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: (print(dialog.inner_text()), page.keyboard.press("Escape")))
+    page.add_locator_handler(page.locator(".jp-Dialog"), answered)
     yield page
     page.close()
 
