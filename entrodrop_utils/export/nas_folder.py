@@ -303,6 +303,16 @@ def check_folder(path: str | Path, model: PreTrainedModel) -> None:
         if not (torch.equal(written[tuple(map(slice, own.shape))], own) and written.count_nonzero() == own.count_nonzero()):
             raise ExportMismatch(f"{path.name}: the values of {name} are not the model's")
 
+    def compare_branch(kind: str, norm_name: str, module: str, norm: Tensor, written: dict[str, Tensor]) -> None:
+        """A branch that is not of zeros is the next kept one of its kind."""
+        if any(weight.any() for weight in written.values()):
+            sub_block = next(kept[kind])
+            order.append(sub_block)
+            part = layers[sub_block.layer]
+            compare(f"{sub_block}'s norm", norm, getattr(part, norm_name).weight)
+            for name, weight in written.items():
+                compare(f"{sub_block}'s {name}_proj", weight, getattr(getattr(part, module), f"{name}_proj").weight)
+
     dim, heads, width = settings["hidden_size"], settings["num_attention_heads"], settings["head_dim"]
     for i, block in enumerate(settings["block_configs"]):
         attention, ffn = block["attention"], block["ffn"]
@@ -315,25 +325,13 @@ def check_folder(path: str | Path, model: PreTrainedModel) -> None:
                 rows |= {"k": rows["v"]}
                 written = {name: take(i, f"self_attn.{name}_proj.weight", n, dim) for name, n in rows.items()}
                 written["o"] = take(i, "self_attn.o_proj.weight", dim, rows["q"])
-                if any(weight.any() for weight in written.values()):
-                    sub_block = next(kept["attention"])
-                    order.append(sub_block)
-                    part = layers[sub_block.layer]
-                    compare(f"{sub_block}'s norm", norm, part.input_layernorm.weight)
-                    for name, weight in written.items():
-                        compare(f"{sub_block}'s {name}_proj", weight, getattr(part.self_attn, f"{name}_proj").weight)
+                compare_branch("attention", "input_layernorm", "self_attn", norm, written)
         if not ffn["no_op"]:
             n = -(-int(2 * round(ffn["ffn_mult"], 6) * dim / 3) // MULTIPLE) * MULTIPLE
             norm = take(i, "post_attention_layernorm.weight", dim)
             written = {name: take(i, f"mlp.{name}_proj.weight", n, dim) for name in ("gate", "up")}
             written["down"] = take(i, "mlp.down_proj.weight", dim, n)
-            if any(weight.any() for weight in written.values()):
-                sub_block = next(kept["mlp"])
-                order.append(sub_block)
-                part = layers[sub_block.layer]
-                compare(f"{sub_block}'s norm", norm, part.post_attention_layernorm.weight)
-                for name, weight in written.items():
-                    compare(f"{sub_block}'s {name}_proj", weight, getattr(part.mlp, f"{name}_proj").weight)
+            compare_branch("mlp", "post_attention_layernorm", "mlp", norm, written)
     left = [str(sub_block) for kind in kept for sub_block in kept[kind]]
     others = [key for key in state if key.startswith("model.layers.") and not key.endswith(".bias")]
     if left or others or order != sorted(order):
