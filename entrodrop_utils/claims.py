@@ -37,7 +37,6 @@ def claim(
     values: Float[np.ndarray, "unit"],
     goal: float = 0.0,
     published: str = "",
-    seed: int = 0,
     evidence: str = "",
 ) -> dict[str, object]:
     """A claim that the mean of paired values exceeds a goal. It holds when the whole 95% interval exceeds the goal.
@@ -51,7 +50,7 @@ def claim(
     Returns:
         claim, source, published, measured, low, high, goal, verdict (holds, does not hold, inconclusive), evidence.
     """
-    return claim_row(text, source, published, mean_interval(values, seed), goal, evidence)
+    return claim_row(text, source, published, mean_interval(values), goal, evidence)
 
 
 def claim_row(

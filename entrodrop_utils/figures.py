@@ -1,4 +1,4 @@
-"""One look for every figure, and one way to write it: PNG, SVG and the same picture, captioned, in the notebook."""
+"""One look for every figure and table, and one way to write a figure: PNG, SVG and the same picture, captioned, in the notebook."""
 
 import io
 import string
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ STYLE = Path(__file__).with_name("entrodrop.mplstyle")
 WIDTH = 7.0  # inches: two columns of a paper
 HEADLINE = 88  # characters in a line of a figure's headline
 GREY = "#8a8a8a"  # of what is shown for context
+MAX_ROWS = 12  # of a table in a notebook; its CSV has all of them
 
 
 def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwargs) -> tuple[Figure, list[Axes]]:
@@ -109,3 +111,28 @@ def show_figure(figure: Figure, profile: Profile, name: str, caption: str) -> No
         Image(png.getvalue(), width=int(figure.get_figwidth() * matplotlib.rcParams["figure.dpi"]), alt=caption),
         Markdown(f"*{caption}*"),
     )
+
+
+def show_table(table: pd.DataFrame) -> None:
+    """Show the first ``MAX_ROWS`` rows of a table as text, and say how many there are if there are more.
+
+    A column of numbers has as many decimals as its largest value needs for three digits, and no exponents; values above 999 are
+    rounded to three digits. A missing value is an empty cell, and no cell is cut.
+    """
+    with pd.option_context("display.max_colwidth", None, "display.max_columns", None):
+        display(table.head(MAX_ROWS).apply(three_digits))
+    if len(table) > MAX_ROWS:
+        display(Markdown(f"*{MAX_ROWS} of {len(table)} rows.*"))
+
+
+def three_digits(values: pd.Series) -> pd.Series:
+    """A column as text if it holds floating-point numbers: at most three digits, the same number of decimals, nan as nothing.
+
+    >>> list(three_digits(pd.Series([4.9567, 0.25, float("nan")]))), list(three_digits(pd.Series([24583.1, 112.02])))
+    (['4.96', '0.25', ''], ['24600', '112'])
+    """
+    if not pd.api.types.is_float_dtype(values):
+        return values.astype(object).where(values.notna(), "")
+    largest = np.nanmax(np.abs(values), initial=0)
+    decimals = int(np.clip(2 - np.floor(np.log10(largest or 1)), 0, 6))
+    return values.map(lambda value: "" if np.isnan(value) else f"{float(f'{value:.3g}'):.{decimals}f}")

@@ -1,8 +1,9 @@
 """The identity of a run (model, size, text and seed), its parameters, and the folders of its files."""
 
 import hashlib
+import itertools
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,20 @@ class Profile:
         """A committed table of this run's model and size, or of others; None where there is none."""
         path = RESULTS / slug(model or self.model) / (size or self.size) / name
         return pd.read_csv(path) if path.exists() else None
+
+    def first_committed(self, model: str, *names: str, sizes: Iterable[str] = ()) -> pd.DataFrame | None:
+        """The first of these committed tables of a model: all names at the first size, then at the next.
+
+        Args:
+            sizes: names of sizes; without any, that of this run and then the default one.
+        Returns:
+            the table with a column ``file`` (``name (size)``); None where there is none.
+        """
+        own = (self.folder.split("/")[1], DEFAULT_SIZE)
+        for size, name in itertools.product(dict.fromkeys(sizes or own), names):
+            if (table := self.committed(name, size, model)) is not None:
+                return table.assign(file=f"{name} ({size})")
+        return None
 
 
 def parameter_value(name: str, value: object, kind: type) -> object:

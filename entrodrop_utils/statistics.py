@@ -45,23 +45,23 @@ def mean_ends(values: Float[np.ndarray, "unit *rest"], confidence: float = CONFI
     return values.mean(axis=0) - half, values.mean(axis=0) + half
 
 
-def mean_interval(values: Float[np.ndarray, "unit"], seed: int = 0, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of one value per unit, with ``mean_ends``. Nothing is drawn, so ``seed`` has no effect."""
+def mean_interval(values: Float[np.ndarray, "unit"], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of one value per unit, with ``mean_ends``."""
     return Interval(float(np.mean(values)), *map(float, mean_ends(values, confidence)))
 
 
-def paired_difference(values: Float[np.ndarray, "unit"], reference: Float[np.ndarray, "unit"], seed: int = 0) -> Interval:
+def paired_difference(values: Float[np.ndarray, "unit"], reference: Float[np.ndarray, "unit"]) -> Interval:
     """The mean of ``values - reference``, both measured on the same units."""
     return mean_interval(np.asarray(values) - np.asarray(reference))
 
 
-def interval_table(table: pd.DataFrame, by: list[str], seed: int = 0) -> pd.DataFrame:
+def interval_table(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Mean of the column ``value`` over sequences for each group, with its interval: *by, mean, low, high."""
     wide = table.pivot_table(index="sequence", columns=by, values="value", sort=False)
     return curve_table(wide.to_numpy()).set_index(wide.columns).reset_index()
 
 
-def curve_table(values: Float[np.ndarray, "unit point"], seed: int = 0) -> pd.DataFrame:
+def curve_table(values: Float[np.ndarray, "unit point"]) -> pd.DataFrame:
     """Mean of every column over units, with its interval: mean, low, high."""
     low, high = mean_ends(values)
     return pd.DataFrame({"mean": np.asarray(values).mean(0), "low": low, "high": high})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 
+from ..figures import MAX_ROWS
 from ..paths import NOTEBOOKS
 
 FINDING = "> **Finding:** "  # the line of a notebook's first cell that its last run fills in
@@ -14,6 +15,7 @@ NAVIGATION = "navigation"  # the id of the last cell, which links to the noteboo
 MAX_CELLS, MAX_CELL_LINES, MAX_LINE_LENGTH = 30, 15, 100
 MAX_FINDING_WORDS = 30
 MAX_BYTES = 1_000_000  # GitHub does not render larger notebooks
+DECIMAL = re.compile(r"(?<![\w.-])[-+]?\d+(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+)(?![\w.])")  # a number with a point or an exponent
 MACHINE_PATH = re.compile(r"(?<![\w.:/<])/(home|Users|root|tmp|usr|opt|var|work)/|\b[A-Z]:\\\\")
 
 
@@ -118,11 +120,28 @@ def _cell_problems(cell: nbformat.NotebookNode) -> Iterator[str]:
             yield "shows an error or a warning"
         if "application/vnd.jupyter.widget-view+json" in out.get("data", {}):
             yield "shows a widget, which does not work in a rendered notebook"
+        yield from _table_problems("".join(out.get("data", {}).get("text/html", "")))
         if "image/png" in out.get("data", {}):
             if not out.metadata.get("image/png", {}).get("alt"):
                 yield "has a figure without alt text"
             if not any("text/markdown" in later.get("data", {}) for later in cell.outputs[number + 1 :]):
                 yield "has a figure without caption"
+
+
+def _table_problems(html: str) -> Iterator[str]:
+    """What is wrong with a table that pandas wrote, if there is one."""
+    body = html.partition("<tbody")[2]
+    if (rows := body.count("<tr")) > MAX_ROWS:
+        yield f"shows a table of {rows} rows, more than {MAX_ROWS}"
+    for cell in re.findall(r"<td[^>]*>(.*?)</td>", body, re.DOTALL):
+        if cell.strip() in ("NaN", "nan", "None", "NaT"):
+            yield f"shows a table with the cell {cell.strip()}"
+        if cell.endswith("..."):
+            yield f"shows a table with a cut cell: {cell}"
+        if long := [
+            number for number in DECIMAL.findall(cell) if len(re.sub(r"e.*|\D", "", number).lstrip("0")) > 3 or "e" in number
+        ]:
+            yield f"shows a table with more than three digits, or an exponent: {long[0]}"
 
 
 def _annotated_literals(source: str) -> bool:

@@ -246,8 +246,8 @@ def headline_sentence(accuracy: pd.DataFrame, n: int, n_layers: int, metric: str
     kind, _, amount = evidence_of(accuracy).partition(": ")
     tasks = f"{amount.split()[0]} {kind}"
     return (
-        f"Without {n} of {n_layers} attention layers, ranked by {metric}, {model} keeps {kept:.0%} of its accuracy on {tasks}, "
-        f"where guessing keeps {floor(accuracy):.0%}; the paper promises over {promised:.0%}."
+        f"Without {n} of {n_layers} attention layers by {metric}, {model} keeps {kept:.0%} of its accuracy on {tasks}; "
+        f"guessing keeps {floor(accuracy):.0%}, the paper promises over {promised:.0%}."
     )
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5En
 from ..cached_scoring import cached_entropies
 from ..claims import CALIBRATION, claim_row
 from ..figures import COLOURS, GREY, band, barcode, label_ends, panels
-from ..profile import DEFAULT_SIZE, Profile
+from ..profile import Profile
 from ..residual import states
 from ..scoring import METRICS, Metric, configured
 from ..selection import count_of
@@ -81,7 +81,7 @@ def summed_curves(scores: pd.DataFrame, curves: Curves) -> Curves:
     }
 
 
-def curve_rows(curves: Curves, family: str, weights: str = "trained", attention: str = FULL, seed: int = 0) -> pd.DataFrame:
+def curve_rows(curves: Curves, family: str, weights: str = "trained", attention: str = FULL) -> pd.DataFrame:
     """Mean curves with their intervals over windows.
 
     Returns:
@@ -93,7 +93,7 @@ def curve_rows(curves: Curves, family: str, weights: str = "trained", attention:
         n_layers = values.shape[1] // 2
         places = [*itertools.product(range(n_layers), POSITIONS), (n_layers, "output")]
         table = pd.DataFrame(places, columns=["layer", "position"]).assign(estimator=estimator, first_token=first_token)
-        tables.append(table.join(curve_table(values, seed).rename(columns={"mean": "entropy"})))
+        tables.append(table.join(curve_table(values).rename(columns={"mean": "entropy"})))
     rows = pd.concat(tables, ignore_index=True).assign(family=family, weights=weights, attention=attention)
     names = ["family", "weights", "attention"]
     return rows[[*names, *rows.columns.drop(names)]]
@@ -113,26 +113,17 @@ def above_input(curves: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 # Trained models: one is measured, the others are read
 
 
-def committed_table(profile: Profile, model: str, *names: str) -> pd.DataFrame | None:
-    """The first of these committed tables of a model, of this run's size or else of the default one, with a column ``source``."""
-    for size, name in itertools.product(dict.fromkeys([profile.folder.split("/")[1], DEFAULT_SIZE]), names):
-        table = profile.committed(name, size, model)
-        if table is not None:
-            return table.assign(source=f"{name} ({size})")
-    return None
-
-
 def trained_curves(profile: Profile, models: Iterable[str], measured: pd.DataFrame) -> pd.DataFrame:
     """Mean curves of trained models: those of ``measured``, and of every other model from its notebook 01, or else 06.
 
     Args:
         measured: as ``curve_rows`` returns it.
     Returns:
-        the columns of ``measured``, source, depth (share of the model's depth).
+        the columns of ``measured``, file, depth (share of the model's depth).
     """
-    tables = [measured.assign(source="measured here")]
+    tables = [measured.assign(file="measured here")]
     for model in not_measured(models, measured.family):
-        table = committed_table(profile, model, "01_entropy_by_layer.csv", "06_curves.csv")
+        table = profile.first_committed(model, "01_entropy_by_layer.csv", "06_curves.csv")
         if table is not None:
             table = table.assign(family=model, attention=FULL) if "family" not in table else table
             known = pd.MultiIndex.from_frame(table[["estimator", "first_token"]]).isin(list(ENTROPY_NAMES))
@@ -147,12 +138,12 @@ def trained_rankings(profile: Profile, models: Iterable[str], name: str, measure
     other model from its notebook 02, or else 06.
 
     Returns:
-        family, source, kind, layer, metric, first_token, importance, rank (as a share, the smallest is dropped first), depth (share
+        family, file, kind, layer, metric, first_token, importance, rank (as a share, the smallest is dropped first), depth (share
         of the model's depth).
     """
-    tables = [measured.assign(family=name, source="measured here")]
+    tables = [measured.assign(family=name, file="measured here")]
     for model in not_measured(models, [name]):
-        table = committed_table(profile, model, "02_scores.csv", "06_scores.csv")
+        table = profile.first_committed(model, "02_scores.csv", "06_scores.csv")
         if table is not None:
             tables.append(table.assign(family=model))
     rows = pd.concat(tables, ignore_index=True)
@@ -160,7 +151,7 @@ def trained_rankings(profile: Profile, models: Iterable[str], name: str, measure
     rows = rows[known & rows.kind.isin(["attention", "mlp"])]
     groups = rows.groupby(["family", "kind", "metric", "first_token"])
     rank, n_layers = groups.importance.rank(pct=True), groups.layer.transform("size")
-    columns = ["family", "source", "kind", "layer", "metric", "first_token", "importance"]
+    columns = ["family", "file", "kind", "layer", "metric", "first_token", "importance"]
     return rows[columns].assign(rank=rank, depth=(rows.layer + 0.5) / n_layers)
 
 
@@ -242,9 +233,9 @@ def untrained_curves(
     return {family: measured_curves(model, windows % VOCABULARY, metrics) for family, model in models.items()}
 
 
-def untrained_rows(untrained: Mapping[str, Curves], seed: int = 0) -> pd.DataFrame:
+def untrained_rows(untrained: Mapping[str, Curves]) -> pd.DataFrame:
     """``curve_rows`` of the untrained models: family -> its curves."""
-    return pd.concat([curve_rows(curves, family, "random", seed=seed) for family, curves in untrained.items()])
+    return pd.concat([curve_rows(curves, family, "random") for family, curves in untrained.items()])
 
 
 def _untrained(
@@ -293,7 +284,7 @@ def pattern_figure(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def untrained_figure(curves: Mapping[str, Curves], seed: int = 0) -> Figure:
+def untrained_figure(curves: Mapping[str, Curves]) -> Figure:
     """The curves of every family (columns) and estimator (rows) above their input, of all tokens and without the first one."""
     figure, axes = panels(2, len(curves), height=1.7, sharex=True, sharey="row")
     for axis, (estimator, family) in zip(axes, itertools.product(("bucket", "knn"), curves), strict=True):
@@ -302,7 +293,7 @@ def untrained_figure(curves: Mapping[str, Curves], seed: int = 0) -> Figure:
             (False, "#000000", "--", "no first token"),
         ):
             values = curves[family][estimator, first_token]
-            table = curve_table(values - values[:, :1], seed)
+            table = curve_table(values - values[:, :1])
             band(axis, table.index / 2, table, label, colour, dash)
         axis.set(title=family if estimator == "bucket" else "", xlabel="layers passed" if estimator == "knn" else "")
     axes[0].set_ylabel("bucket (nats)")

@@ -39,9 +39,7 @@ class PatternResult(NamedTuple):
     loss: Float[np.ndarray, "window"]
 
 
-def masked_first(
-    model: PreTrainedModel, windows: Int[Tensor, "sequence token"], metrics: Mapping[str, Metric], seed: int = 0
-) -> pd.DataFrame:
+def masked_first(model: PreTrainedModel, windows: Int[Tensor, "sequence token"], metrics: Mapping[str, Metric]) -> pd.DataFrame:
     """What tokens of a decoder make of its curves, when all tokens see the first one and when the later ones do not.
 
     A token that is hidden from the later ones cannot be their attention sink.

@@ -8,13 +8,12 @@ import pandas as pd
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from ..claims import claim
+from ..claims import HELD_OUT, claim
 from ..figures import COLOURS, MARKERS, panels
 from ..layerwise import DropSet
 from ..profile import Profile
 from ..residual import KINDS, SubBlock
 from ..statistics import mean_interval
-from .architectures import committed_table
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, drop_order, with_labels
 from .statements import cost_statements
 
@@ -42,7 +41,7 @@ def encoder_choices(
     return choices
 
 
-def encoder_costs(by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choice, list[SubBlock]], seed: int = 0) -> pd.DataFrame:
+def encoder_costs(by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choice, list[SubBlock]]) -> pd.DataFrame:
     """How far the encoder without each choice agrees with the dense one.
 
     Args:
@@ -56,7 +55,7 @@ def encoder_costs(by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choic
     for (kind, method, n), sub_blocks in choices.items():
         values = by_set[tuple(sorted(sub_blocks))]
         dropped = " ".join(str(sub_block.layer) for sub_block in sub_blocks)
-        agreement = mean_interval(values.agreement, seed)
+        agreement = mean_interval(values.agreement)
         rows.append((kind, *method, n, dropped, *agreement, values.distance.mean(), values.found.mean()))
     names = ["kind", *METHOD_COLUMNS, "n_dropped", "dropped", "agreement", "low", "high", "distance", "retrieval"]
     table = pd.DataFrame(rows, columns=names)
@@ -66,12 +65,13 @@ def encoder_costs(by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choic
 
 
 def encoder_claims(
-    by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choice, list[SubBlock]], fraction: float, n: int, seed: int = 0
+    by_set: Mapping[DropSet, pd.DataFrame], choices: Mapping[Choice, list[SubBlock]], fraction: float, n: int, amount: str
 ) -> pd.DataFrame:
     """The paper's claims about costs, in agreement: entropy beats cosine, and attention is more redundant than MLPs.
 
     Args:
         fraction: share of the layers that the claims name; ``n`` is the number of layers nearest to it.
+        amount: of the held-out text.
     Returns:
         the columns of ``claims.claim``.
     """
@@ -82,7 +82,9 @@ def encoder_claims(
     gains = [agreement("attention", metric) - agreement("attention", "cosine") for metric in ("bucket", "knn")]
     gains += [agreement("attention", metric) - agreement("mlp", metric) for metric in ("bucket", "knn")]
     texts = [f"{text}; measured: gain in agreement with the dense encoder" for text in cost_statements(fraction)]
-    return pd.DataFrame([claim(text, "results", gain, seed=seed) for text, gain in zip(texts, gains, strict=True)])
+    return pd.DataFrame(
+        [claim(text, "results", gain, evidence=f"{HELD_OUT}: {amount}") for text, gain in zip(texts, gains, strict=True)]
+    )
 
 
 def committed_results(profile: Profile, encoder: str, fraction: float) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -91,7 +93,7 @@ def committed_results(profile: Profile, encoder: str, fraction: float) -> tuple[
     Raises:
         ValueError: there are none, or none at this fraction.
     """
-    costs, claims = (committed_table(profile, encoder, f"A2_{name}.csv") for name in ("encoder", "claims"))
+    costs, claims = (profile.first_committed(encoder, f"A2_{name}.csv") for name in ("encoder", "claims"))
     if costs is None or claims is None or not claims.claim.str.startswith(tuple(cost_statements(fraction))).any():
         share = f"{100 * fraction:.3g}% of the layers"
         raise ValueError(f"no results of {encoder} at {share}: make reproduce MODEL={encoder} ONLY=A2 measures them")

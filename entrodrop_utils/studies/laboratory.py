@@ -28,7 +28,7 @@ def draw_sample(distribution: str, n_tokens: int, dim: int, rng: np.random.Gener
     return torch.from_numpy(np.ascontiguousarray(DISTRIBUTIONS[distribution].rvs(size=(n_tokens, dim), random_state=rng)))
 
 
-def _summary(values: Float[np.ndarray, "draw"], truth: float, seed: int) -> tuple[float, ...]:
+def _summary(values: Float[np.ndarray, "draw"], truth: float) -> tuple[float, ...]:
     mean, low, high = mean_interval(values)
     return truth, mean, low, high, mean - truth, values.std(ddof=1)
 
@@ -39,12 +39,11 @@ def _estimates(estimators: Estimators, *samples: Float[Tensor, "token dim"]) -> 
 
 
 def known_entropies(
-    estimators: Estimators, n_tokens: int, dims: Iterable[int], n_draws: int, rng: np.random.Generator, seed: int = 0
+    estimators: Estimators, n_tokens: int, dims: Iterable[int], n_draws: int, rng: np.random.Generator
 ) -> pd.DataFrame:
     """The estimates on samples of every distribution and number of dimensions.
 
     Args:
-        seed: seed of the intervals.
     Returns:
         estimator, setting, sample, dim, tokens, truth (nats; nan where the estimator has no true value), mean, low, high, bias,
         spread (standard deviation over draws).
@@ -56,7 +55,7 @@ def known_entropies(
             by_draw = np.hstack([_estimates(estimators, sample) for sample in samples])
             for (estimator, setting), values in zip(estimators, by_draw, strict=True):
                 truth = dim * distribution.entropy() if estimator in DIFFERENTIAL else np.nan
-                rows.append((estimator, setting, name, dim, n_tokens, *_summary(values, truth, seed)))
+                rows.append((estimator, setting, name, dim, n_tokens, *_summary(values, truth)))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -102,7 +101,6 @@ def reactions_to_changes(
     outlier_factor: float,
     correlation: float,
     rng: np.random.Generator,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """How the estimate of a Gaussian sample changes with the sample.
 
@@ -120,7 +118,7 @@ def reactions_to_changes(
     for i, (estimator, setting) in enumerate(estimators):
         demanded = demanded_changes(estimator, n_tokens, dim, outlier_factor, correlation)
         for j, (change, truth) in enumerate(demanded.items()):
-            summary = _summary(after[:, i, j] - before[:, i, j], truth, seed)
+            summary = _summary(after[:, i, j] - before[:, i, j], truth)
             rows.append((estimator, setting, change, dim, n_tokens, *summary, before[:, i, j].mean()))
     table = pd.DataFrame(rows, columns=[*COLUMNS, "before"])
     close = np.where(table.bias.abs() <= TOLERANCE * table.before.abs(), "yes", "no")

@@ -110,9 +110,7 @@ def passage_table(passages: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{"prior KB": (prior_bytes / 1024).round()})
 
 
-def reading_table(
-    passages: pd.DataFrame, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0
-) -> pd.DataFrame:
+def reading_table(passages: pd.DataFrame, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
     """Bits per byte of every text by the model, by xz, and by xz after it has read the prior passages.
 
     Returns:
@@ -123,7 +121,7 @@ def reading_table(
     if model.can_generate():
         values = [_bits_per_byte(passage, model, tokenizer) for passage in progress(measured.passage, "bits per byte")]
         per_passage = measured.assign(value=values, sequence=measured.groupby("text").cumcount())
-        intervals = interval_table(per_passage, ["text"], seed).rename(columns={"mean": "bits_per_byte"})
+        intervals = interval_table(per_passage, ["text"]).rename(columns={"mean": "bits_per_byte"})
         tables.append(intervals.assign(predictor=name))
     for text, rows in measured.groupby("text", sort=False):
         bits = [_xz_bits_per_byte(rows.passage, before) for before in ((), prior[prior.text == text].passage)]
@@ -245,9 +243,9 @@ def _embeddings(model: PreTrainedModel, held_out: Int[Tensor, "window token"]) -
     return torch.nn.functional.normalize(model.base_model(held_out.to(model.device)).last_hidden_state.mean(1), dim=-1)
 
 
-def depth_table(costs: pd.DataFrame, measure: str, seed: int = 0) -> pd.DataFrame:
+def depth_table(costs: pd.DataFrame, measure: str) -> pd.DataFrame:
     """The mean cost of every sub-block: kind, layer, measure, cost, stderr, low, high."""
-    table = interval_table(costs, ["kind", "layer"], seed).rename(columns={"mean": "cost"})
+    table = interval_table(costs, ["kind", "layer"]).rename(columns={"mean": "cost"})
     stderr = costs.groupby(["kind", "layer"]).value.sem().rename("stderr").reset_index()
     table = table.merge(stderr, on=["kind", "layer"]).assign(measure=measure)
     return table[["kind", "layer", "measure", "cost", "stderr", "low", "high"]]
@@ -355,7 +353,7 @@ def summary_table(depth: pd.DataFrame, massive: pd.DataFrame) -> pd.DataFrame:
         column = {"cost is measured as": worst.measure} | {
             f"median cost, {KIND_NAMES[kind]}": f"{median[kind]:.3f}" for kind in KINDS
         }
-        column["costliest sub-block"] = f"{sub_block_name(worst)}: {worst.cost:.2f}"
+        column["costliest sub-block"] = f"{sub_block_name(worst)}: {worst.cost:.3g}"
         column["largest activation"] = f"{abs(largest.value):,.0f}, {largest.ratio:,.0f} times the median"
         column["its layer and token"] = f"layer {largest.layer}, token {largest.token}"
         column["attention on the first token"] = f"{activations.attention_on_first.mean():.0%}"

@@ -111,8 +111,9 @@ def promise_table(
 
 def display_table(table: pd.DataFrame) -> pd.DataFrame:
     """The table of ``promise_table`` for a page: shares with intervals as text."""
-    low = [f"{row.validation:.1%}, at least {row.validation_low:.1%}" for row in table.itertuples()]
-    judged = interval_text(table, ["evaluation", "evaluation_low", "evaluation_high"], ".1%")
+    low = [f"{100 * row.validation:.3g}%, at least {100 * row.validation_low:.3g}%" for row in table.itertuples()]
+    shares = ["evaluation", "evaluation_low", "evaluation_high"]
+    judged = [f"{text} %" for text in interval_text(100 * table[shares], shares, ".3g")]
     judged = np.where(table.n_dropped > 0, judged, "")
     shown = table[["measure", "kind", "method", "promised", "n_dropped", "dropped"]]
     return shown.assign(promised=[f"{p:.0%}" for p in table.promised], validation=low, evaluation=judged, verdict=table.verdict)

@@ -83,7 +83,7 @@ def _whole_losses(model: PreTrainedModel, windows: Tensor, drop_set: DropSet, fi
         return pd.DataFrame({"nll": perplexity(model, windows).per_window})
 
 
-def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str, seed: int = 0) -> pd.DataFrame:
+def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str) -> pd.DataFrame:
     """The cost of every choice with every repair on every domain.
 
     Returns:
@@ -99,14 +99,14 @@ def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: s
                 table[chosen].nll.to_numpy()
                 for table, chosen in ((by_set, drop_set), (losses[NONE, domain], drop_set), (losses[NONE, domain], ()))
             )
-            costs = (*paired_difference(nll, dense, seed), *paired_difference(bare, nll, seed))
+            costs = (*paired_difference(nll, dense), *paired_difference(bare, nll))
             rows.append((fitted_on, domain, domain in mixture(fitted_on), name, kind, *method, n, nll.mean(), *costs))
     intervals = [f"{value}{end}" for value in ("increase", "saved") for end in ("", "_low", "_high")]
     columns = ["fitted_on", "domain", "in_domain", "repair", "kind", *METHOD_COLUMNS, "n_dropped", "nll", *intervals]
     return pd.DataFrame(rows, columns=columns)
 
 
-def best_methods(losses: Losses, choices: Mapping[Choice, DropSet], repaired: str, seed: int = 0) -> pd.DataFrame:
+def best_methods(losses: Losses, choices: Mapping[Choice, DropSet], repaired: str) -> pd.DataFrame:
     """The method with the least loss before and after repair, for every domain, kind and number dropped.
 
     Returns:
@@ -119,7 +119,7 @@ def best_methods(losses: Losses, choices: Mapping[Choice, DropSet], repaired: st
             ranked = {m: chosen for (k, m, count), chosen in choices.items() if (k, count) == (kind, n) and m.rule != RANDOM}
             before, after = (min(ranked, key=lambda m: losses[name, domain][ranked[m]].nll.mean()) for name in (NONE, repaired))
             values = [losses[repaired, domain][ranked[method]].nll.to_numpy() for method in (before, after)]
-            saved = paired_difference(*values, seed)
+            saved = paired_difference(*values)
             verdict = "same" if before == after else comparison(saved.low, saved.high, "changed")
             rows.append((domain, kind, n, before.label, after.label, *saved, verdict))
     return pd.DataFrame(rows, columns=["domain", "kind", "n_dropped", "before", "after", "saved", "low", "high", "verdict"])
@@ -311,7 +311,7 @@ def share_saved(table: pd.DataFrame, in_domain: bool, repaired: str) -> float:
     return float(rows.saved.sum() / (rows.saved + rows.increase).sum())
 
 
-def gap_table(losses: Losses, choices: Mapping[Choice, DropSet], reference: Method, seed: int = 0) -> pd.DataFrame:
+def gap_table(losses: Losses, choices: Mapping[Choice, DropSet], reference: Method) -> pd.DataFrame:
     """How much more every other ranked method costs than the reference, by repair, as text with its interval.
 
     Each window of every domain is one unit.
@@ -323,6 +323,6 @@ def gap_table(losses: Losses, choices: Mapping[Choice, DropSet], reference: Meth
             rival = choices[kind, reference, n]
             if method != reference and method.rule != RANDOM and {drop_set, rival} <= losses[name, domains[0]].keys():
                 gaps = [losses[name, d][drop_set].nll.to_numpy() - losses[name, d][rival].nll.to_numpy() for d in domains]
-                rows.append((kind, n, method.label, name, f"{mean_interval(np.concatenate(gaps), seed):.2f}"))
+                rows.append((kind, n, method.label, name, f"{mean_interval(np.concatenate(gaps)):.2f}"))
     table = pd.DataFrame(rows, columns=["kind", "n_dropped", "method", "repair", "gap"])
     return table.pivot_table("gap", ["kind", "n_dropped", "method"], "repair", aggfunc="first", sort=False)

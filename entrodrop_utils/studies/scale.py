@@ -42,12 +42,6 @@ def models_by_size() -> dict[str, float]:
     return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
-def committed_run(profile: Profile, model: str, name: str) -> pd.DataFrame | None:
-    """A committed table of a model, of the first of ``RUNS`` that has it."""
-    tables = (profile.committed(name, size, model) for size in RUNS)
-    return next((table for table in tables if table is not None), None)
-
-
 def statements_by_size(profile: Profile, models: Mapping[str, float]) -> pd.DataFrame:
     """The statements about every model, from its committed claims.
 
@@ -58,7 +52,7 @@ def statements_by_size(profile: Profile, models: Mapping[str, float]) -> pd.Data
     """
     rows = []
     for model, parameters in models.items():
-        claims = committed_run(profile, model, "claims.csv")
+        claims = profile.first_committed(model, "claims.csv", sizes=RUNS)
         for statement, pattern in STATEMENTS.items():
             for row in claims[claims.claim.str.contains(pattern, case=False)].head(1).itertuples():
                 rows.append((statement, model, parameters, row.measured, row.low, row.high, row.goal, row.verdict, row.evidence))
@@ -125,7 +119,7 @@ def method_costs(profile: Profile, models: Iterable[str], kind: str = "attention
     """Loss of every method at its largest number of sub-blocks of a kind: a row per method, a column per model."""
     columns = {}
     for model in models:
-        table = committed_run(profile, model, "02_pruning.csv")
+        table = profile.first_committed(model, "02_pruning.csv", sizes=RUNS)
         rows = table[(table.kind == kind) & (table.rule != RANDOM)]
         columns[model] = rows[rows.n_dropped == rows.n_dropped.max()].set_index(METHOD_COLUMNS).nll
     return pd.DataFrame(columns)
@@ -151,7 +145,7 @@ def first_token_share(profile: Profile, models: Iterable[str]) -> pd.DataFrame:
     """
     rows = []
     for model in models:
-        stages = committed_run(profile, model, "01_stages.csv")
+        stages = profile.first_committed(model, "01_stages.csv", sizes=RUNS)
         if stages is not None:
             own = stages[(stages.estimator == "bucket") & (stages.weights == "trained")].set_index("first_token")
             values = own.loc[True, ["boundary", "fall", "fall_low", "fall_high", "share"]]

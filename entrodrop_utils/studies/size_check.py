@@ -55,12 +55,12 @@ def _label(row: NamedTuple) -> str:
     return Method(row.metric, row.rule, row.first_token).label
 
 
-def headline(agreement: pd.DataFrame, sizes: Iterable[str], seed: int = 0) -> str:
+def headline(agreement: pd.DataFrame, sizes: Iterable[str]) -> str:
     """The mean of Kendall's tau over all rankings, with its interval."""
     taus = agreement[agreement.quantity == TAU].agreement
     if taus.empty:
         return f"No model has rankings at the sizes {' and '.join(sizes)}."
-    tau = mean_interval(taus, seed)
+    tau = mean_interval(taus)
     return (
         f"Kendall's tau between the rankings at the sizes {' and '.join(sizes)} is {tau:.3f} on average over {len(taus)} rankings."
     )

@@ -6,7 +6,7 @@ import pandas as pd
 
 from ..profile import Profile
 from ..statistics import interval_text
-from .architectures import ENTROPY_NAMES, committed_table, not_measured
+from .architectures import ENTROPY_NAMES, not_measured
 
 STATEMENT_COLUMNS = ["claim", "family", "weights", "measured", "low", "high", "verdict"]
 COST_WORDS = "beats cosine|more redundant"  # in the statements about costs, at any fraction
@@ -27,7 +27,7 @@ def cost_statements(fraction: float = 0.375) -> dict[str, tuple[str, ...]]:
 
 def cost_claims(profile: Profile, model: str, fraction: float = 0.375) -> list[dict[str, object]]:
     """The claims about costs of a model, from its notebook 02 (a decoder) or A2 (an encoder); empty where neither has run."""
-    table, rows = committed_table(profile, model, "02_claims.csv", "A2_claims.csv"), []
+    table, rows = profile.first_committed(model, "02_claims.csv", "A2_claims.csv"), []
     for text, words in cost_statements(fraction).items() if table is not None else ():
         matches = [row for row in table.to_dict("records") if all(word.lower() in row["claim"].lower() for word in words)]
         rows += [{**row, "claim": text} for row in matches[:1]]
@@ -44,7 +44,7 @@ def committed_statements(profile: Profile, models: Iterable[str], name: str, fra
     """The statements about the trained models other than ``name``, from their notebooks 06, and 02 or A2."""
     tables = []
     for model in not_measured(models, [name]):
-        table = committed_table(profile, model, "06_statements.csv")
+        table = profile.first_committed(model, "06_statements.csv")
         if table is not None:
             own = table[(table.family == model) & (table.weights == "trained") & ~table.claim.str.contains(COST_WORDS)]
             tables += [own[STATEMENT_COLUMNS], statement_rows(cost_claims(profile, model, fraction), model)]
