@@ -31,6 +31,7 @@ MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
 KIND_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", MIXED: "#000000"}
+KIND_MARKERS = dict(zip(KIND_COLOURS, "osD^", strict=True))
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 LIMIT = 0.5  # nats per token: the increase at which a method is said to fall off
 
@@ -182,7 +183,8 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
             if resource == "cache" and kind == MIXED:
                 rows = rows[rows.cache.diff().fillna(1) > 0]
             if len(rows):
-                axis.plot(100 * rows[resource], rows.increase.clip(lower=1e-3), color=KIND_COLOURS[kind], label=NAMES[kind])
+                look = {"color": KIND_COLOURS[kind], "marker": KIND_MARKERS[kind], "label": NAMES[kind]}
+                axis.plot(100 * rows[resource], rows.increase.clip(lower=1e-3), **look)
         axis.set(xlabel=f"% of the {name} dropped", ylim=(0.01, 20), xlim=(0, 110 * ours[resource].max()))
     log_axis(axes[0])
     axes[0].set_ylabel("loss increase (nats per token)")
