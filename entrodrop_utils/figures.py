@@ -128,11 +128,18 @@ def show_table(table: pd.DataFrame) -> None:
 def three_digits(values: pd.Series) -> pd.Series:
     """A column as text if it holds floating-point numbers: at most three digits, the same number of decimals, nan as nothing.
 
-    >>> list(three_digits(pd.Series([4.9567, 0.25, float("nan")]))), list(three_digits(pd.Series([24583.1, 112.02])))
-    (['4.96', '0.25', ''], ['24600', '112'])
+    A value that these decimals would make zero has one digit.
+
+    >>> list(three_digits(pd.Series([4.9567, 0.25, float("nan")]))), list(three_digits(pd.Series([24583.1, 112.02, -0.043])))
+    (['4.96', '0.25', ''], ['24600', '112', '-0.04'])
     """
     if not pd.api.types.is_float_dtype(values):
         return values.astype(object).where(values.notna(), "")
     largest = np.nanmax(np.abs(values), initial=0)
     decimals = int(np.clip(2 - np.floor(np.log10(largest or 1)), 0, 6))
-    return values.map(lambda value: "" if np.isnan(value) else f"{float(f'{value:.3g}'):.{decimals}f}")
+
+    def text(value: float) -> str:
+        rounded = f"{float(f'{value:.3g}'):.{decimals}f}"
+        return rounded if float(rounded) or not value else np.format_float_positional(float(f"{value:.1g}"), trim="-")
+
+    return values.map(text, na_action="ignore").astype(object).where(values.notna(), "")

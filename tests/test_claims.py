@@ -1,5 +1,7 @@
 """Claims: the verdict follows from the interval, and the claims of a run's notebooks make one table."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -72,11 +74,13 @@ COMMITTED = sorted(RESULTS.glob("*/*/[0-9A][0-9]_claims.csv"))
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: "-".join(file.relative_to(RESULTS).parts))
 def test_every_verdict_follows_from_its_numbers_and_changes_with_them(file):
-    table = pd.read_csv(file, keep_default_na=False, dtype=dict.fromkeys(["measured", "low", "high", "goal"], float))
-    if "goal" not in table:
-        pytest.skip("made before claims had a goal")
+    table = pd.read_csv(file)
+    assert table.evidence.str.startswith(claims.EVIDENCE).all()
     for row in table[table.verdict != curves.SINGLE_STEP].itertuples():  # tests/test_curves.py recomputes these from the stages
         assert row.verdict == verdict(row.low, row.high, row.goal), row.claim
+        if np.isnan(row.low):  # without an interval, no verdict
+            assert row.verdict == "inconclusive"
+            continue
         assert row.low <= row.measured <= row.high
         for shift in (row.goal - row.high - 1, row.goal - row.low + 1):
             assert verdict(row.low + shift, row.high + shift, row.goal) == (
@@ -84,14 +88,28 @@ def test_every_verdict_follows_from_its_numbers_and_changes_with_them(file):
             )
 
 
+COMPARED = sorted(file.parent for file in RESULTS.glob("*/*/02_differences.csv"))
+
+
+@pytest.mark.parametrize("folder", COMPARED, ids=lambda folder: "-".join(folder.relative_to(RESULTS).parts))
+def test_differences_and_places_in_the_claims_are_those_of_their_tables(folder):
+    table, differences = (pd.read_csv(folder / f"02_{name}.csv") for name in ("claims", "differences"))
+    one_shot = differences[(differences.kind == "attention") & (differences.rule == "one-shot") & differences.first_token]
+    counts = dict(zip(("25%", "37.5%"), sorted(one_shot.n_dropped.unique())[-2:], strict=True))
+    places = pd.read_csv(folder / "02_random.csv") if (folder / "02_random.csv").is_file() else None
+    for metric, (share, n) in itertools.product(("bucket", "knn"), counts.items()):
+        row = table[table.claim.str.startswith(f"{metric} beats cosine at {share}")].iloc[0]
+        other = one_shot[(one_shot.metric == metric) & (one_shot.n_dropped == n)].iloc[0]
+        assert [row.measured, row.low, row.high] == pytest.approx([-other.difference, -other.high, -other.low])
+        if places is not None:
+            row = table[table.claim.str.startswith(f"{metric} beats random choices at {share}")].iloc[0]
+            rows = places[(places.kind == "attention") & (places.metric == metric) & (places.n_dropped == n) & places.first_token]
+            other = rows[rows.rule == "one-shot"].iloc[0]
+            assert [row.measured, row.low, row.high] == [other.share, other.low, other.high]
+
+
 def test_claims_have_the_numbers_of_their_tables():
     folder = RESULTS / "smollm2-135m-instruct"
-    table, differences = pd.read_csv(folder / "default/02_claims.csv"), pd.read_csv(folder / "default/02_differences.csv")
-    for metric, share, n in (("bucket", "25%", 8), ("knn", "37.5%", 11)):
-        row = table[table.claim.str.startswith(f"{metric} beats cosine at {share}")].iloc[0]
-        rows = differences[(differences.metric == metric) & (differences.rule == "one-shot") & differences.first_token]
-        other = rows[(rows.kind == "attention") & (rows.n_dropped == n)].iloc[0]
-        assert [row.measured, row.low, row.high] == pytest.approx([-other.difference, -other.high, -other.low])
     for size in ("default", "paper"):
         table, accuracy = (pd.read_csv(folder / size / f"04_{name}.csv") for name in ("claims", "accuracy"))
         row = table[table.claim == "dropping 37.5% of attention layers by bucket keeps 95% of accuracy; measured: retention"].iloc[

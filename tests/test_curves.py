@@ -49,14 +49,19 @@ def test_noise_alone_makes_no_valley():
     assert np.mean([fall.estimate for fall in falls]) == pytest.approx(0, abs=0.05)
 
 
-def test_the_committed_verdicts_follow_from_the_committed_stages():
-    folder = RESULTS / "smollm2-135m-instruct" / "default"
+STAGES = sorted(file.parent for file in RESULTS.glob("*/*/01_stages.csv"))
+
+
+@pytest.mark.parametrize("folder", STAGES, ids=lambda folder: folder.parent.name)
+def test_the_committed_verdicts_follow_from_the_committed_stages(folder):
     stages = pd.read_csv(folder / "01_stages.csv").query("weights == 'trained'").set_index(["estimator", "first_token"])
-    claims = pd.read_csv(folder / "01_claims.csv").set_index("claim").verdict
+    claims = pd.read_csv(folder / "01_claims.csv").set_index("claim")
     for key, name in architectures.ENTROPY_NAMES.items():
         row = stages.loc[key]
         parts = [Interval(*row[[what, f"{what}_low", f"{what}_high"]]) for what in ("fall", "rise", "share")]
-        assert claims[f"{name} falls, then rises; measured: the fall in nats"] == curves.stage_verdict(*parts)
+        claim = claims.loc[f"{name} falls, then rises; measured: the fall in nats"]
+        assert claim.verdict == curves.stage_verdict(*parts)
+        assert (claim.measured, claim.low, claim.high) == parts[0]
 
 
 def test_a_scaled_copy_grows_in_scale_only():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import nbformat
 import pandas as pd
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from nbclient.exceptions import DeadKernelError
 
-from entrodrop_utils import paths
+from entrodrop_utils import figures, paths
 from entrodrop_utils import profile as profile_module
 from entrodrop_utils.profile import Profile, parameter_value
 from entrodrop_utils.runner import __main__ as runner_main
@@ -256,6 +257,36 @@ def test_each_problem_of_a_rendered_notebook_is_found(project, change, says):
     assert checks.problems(book) == []
     change(book)
     assert any(says in problem for problem in checks.problems(book))
+
+
+@pytest.mark.parametrize(
+    ("cell", "rows", "says"),
+    [
+        ("1.5", 13, "a table of 13 rows, more than 12"),
+        ("12.345", 1, "more than three digits, or an exponent: 12.345"),
+        ("0.31 [1e-05, 0.36]", 1, "or an exponent: 1e-05"),
+        ("NaN", 1, "with the cell NaN"),
+        ("a long sente...", 1, "a cut cell: a long sente..."),
+    ],
+)
+def test_each_problem_of_a_table_is_found(cell, rows, says):
+    (problem,) = checks.table_problems(pd.DataFrame({"a": [cell] * rows}).to_html())
+    assert says in problem
+
+
+def test_a_table_as_it_is_shown_has_no_problem():
+    wide = pd.DataFrame({"a": [1234.56, -0.5, float("nan")] * 5, "b": [1e-5, 0.12345, 7e-9] * 5, "c": ["x" * 99, None, "y"] * 5})
+    with patch.object(figures, "display") as shown:
+        figures.show_table(wide)
+    with pd.option_context("display.max_colwidth", None):
+        html = shown.call_args_list[0].args[0].to_html()
+    assert list(checks.table_problems(html)) == [] and html.count("<tr") == 1 + figures.MAX_ROWS
+    assert shown.call_args_list[1].args[0].data == "*12 of 15 rows.*"
+    assert shown.call_args_list[0].args[0].iloc[:3].to_numpy().tolist() == [
+        ["1230", "0.00001", "x" * 99],
+        ["-0.5", "0.123", ""],
+        ["", "0.000000007", "y"],
+    ]
 
 
 class Fake:

@@ -120,7 +120,6 @@ def _cell_problems(cell: nbformat.NotebookNode) -> Iterator[str]:
             yield "shows an error or a warning"
         if "application/vnd.jupyter.widget-view+json" in out.get("data", {}):
             yield "shows a widget, which does not work in a rendered notebook"
-        yield from _table_problems("".join(out.get("data", {}).get("text/html", "")))
         if "image/png" in out.get("data", {}):
             if not out.metadata.get("image/png", {}).get("alt"):
                 yield "has a figure without alt text"
@@ -128,7 +127,7 @@ def _cell_problems(cell: nbformat.NotebookNode) -> Iterator[str]:
                 yield "has a figure without caption"
 
 
-def _table_problems(html: str) -> Iterator[str]:
+def table_problems(html: str) -> Iterator[str]:
     """What is wrong with a table that pandas wrote, if there is one."""
     body = html.partition("<tbody")[2]
     if (rows := body.count("<tr")) > MAX_ROWS:
