@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -37,7 +37,7 @@ from ..residual import KINDS, SubBlock, find, layout_of
 from ..statistics import Interval, mean_interval
 
 SHARES = (0.25, 0.375, 0.5)
-CONTEXTS = {1: (128, 512, 1024), 8: (128,)}  # batch size -> prompt lengths
+CONTEXTS = {1: (128, 512), 8: (128,)}  # batch size -> prompt lengths
 ROUNDS, STEPS = 4, 8  # measured rounds, and decoded tokens of each; one more round warms up
 # Published shapes, with random weights: times do not depend on the values
 SHAPES = {
@@ -65,13 +65,13 @@ def device_name(device: str | torch.device) -> str:
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    info = Path("/proc/cpuinfo")
+    info, n = Path("/proc/cpuinfo"), torch.get_num_threads()
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {n} thread{'s' if n > 1 else ''}"
 
 
-def geometric_interval(ratios: Sequence[float]) -> Interval:
+def geometric_interval(ratios: Float[np.ndarray, " round"]) -> Interval:
     """The geometric mean of ratios with its 95% interval, from Student's t of their logarithms."""
     return Interval(*(math.exp(value) for value in mean_interval(np.log(ratios))))
 
@@ -235,7 +235,9 @@ def speed_table(rounds: pd.DataFrame) -> pd.DataFrame:
             intervals = {"speedup": dense[phase] / group[phase], "of_ideal": group[f"ideal_{phase}"] / group[phase]}
             for name, values in intervals.items():
                 ends = ("", "_low", "_high")
-                row |= {f"{phase}_{name}{end}": value for end, value in zip(ends, geometric_interval(values), strict=True)}
+                row |= {
+                    f"{phase}_{name}{end}": value for end, value in zip(ends, geometric_interval(values.to_numpy()), strict=True)
+                }
         rows.append(row | {"cache_bytes": group.cache_bytes.iloc[0]})
     return pd.DataFrame(rows)
 
@@ -260,23 +262,31 @@ def load_for_speed(name: str, device: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.bfloat16).eval()
 
 
+def measured_setting(model: PreTrainedModel, batch: int, tokens: int, rounds: int = ROUNDS) -> pd.DataFrame:
+    """``speed_table`` of one batch size and prompt length, with the memory of every variant and what it was measured on.
+
+    Returns:
+        batch, tokens, the columns of ``speed_table``, weight_bytes, working_mib (at the peak, beyond the weights; nan where it is
+        not known), device, dtype, rounds.
+    """
+    table = speed_table(measure_speed(model, batch, tokens, rounds))
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
+    for i, drop_set in enumerate(variants(model).values()):
+        with dropped(model, drop_set) if drop_set else nullcontext():
+            table.loc[i, "working_mib"] = peak_memory(lambda: generate(model, ids, 1), model.device)
+        table.loc[i, "weight_bytes"] = kept_bytes(model, drop_set)
+    table.insert(0, "tokens", tokens)
+    table.insert(0, "batch", batch)
+    return table.assign(device=device_name(model.device), dtype=str(model.dtype).removeprefix("torch."), rounds=rounds)
+
+
 def bench(name: str, device: str, rounds: int = ROUNDS, results: Path = RESULTS) -> pd.DataFrame:
     """Measure a model at every batch size and prompt length; the table is written after each, and says on what it was measured."""
     model, tables = load_for_speed(name, device), []
-    sets = variants(model)
-    weights = {key: kept_bytes(model, drop_set) for key, drop_set in sets.items()}
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     for batch, contexts in CONTEXTS.items():
         for tokens in (n for n in contexts if n + STEPS <= longest):
-            table = speed_table(measure_speed(model, batch, tokens, rounds))
-            ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
-            for i, (key, drop_set) in enumerate(sets.items()):
-                with dropped(model, drop_set) if drop_set else nullcontext():
-                    table.loc[i, "working_mib"] = peak_memory(lambda ids=ids: generate(model, ids, 1), model.device)
-                table.loc[i, "weight_bytes"] = weights[key]
-            table.insert(0, "tokens", tokens)
-            table.insert(0, "batch", batch)
-            tables.append(table.assign(device=device_name(device), dtype=str(model.dtype).removeprefix("torch."), rounds=rounds))
+            tables.append(measured_setting(model, batch, tokens, rounds))
             text = pd.concat(tables).to_csv(index=False, float_format="%.5g")
             write_text(results / slug(name) / f"speed-{torch.device(device).type}.csv", text)
     return pd.concat(tables, ignore_index=True)

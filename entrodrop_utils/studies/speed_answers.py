@@ -16,6 +16,7 @@ from ..paths import RESULTS
 from ..profile import slug
 from ..residual import SubBlock
 from ..statistics import interval_text, paired_difference
+from .speed import measured_setting
 
 LOOK = {"attention": (COLOURS["bucket"], "o"), "mlp": (COLOURS["knn"], "s"), "block": (COLOURS["gaussian"], "^")}
 PLURAL = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
@@ -24,16 +25,12 @@ GOAL = 0.95  # of the ideal speed-up
 SAVED = {"decode_speedup": "decoding, times as fast", "cache_saved": "KV cache saved (%)"}
 
 
-def committed_speed(model: str, device: str = "cpu") -> pd.DataFrame:
-    """The committed table of ``speed.bench``.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    path = RESULTS / slug(model) / f"speed-{device}.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"no speed of {model} is measured on {device}: run make bench MODEL={model} DEVICE={device} first")
-    return pd.read_csv(path)
+def speeds_of(model: PreTrainedModel, name: str, device: str, batch: int, tokens: int) -> tuple[pd.DataFrame, str]:
+    """The committed table of ``speed.bench``, or where there is none one setting measured now; and which of the two it is."""
+    path = RESULTS / slug(name) / f"speed-{device}.csv"
+    if path.exists():
+        return pd.read_csv(path), f"committed measurements: {path.name}"
+    return measured_setting(model, batch, tokens, rounds=2), "measured in this run, in two rounds: make bench measures more"
 
 
 def measured_models(device: str = "cpu") -> dict[str, pd.DataFrame]:
