@@ -31,8 +31,8 @@ def compared():
     model = tiny_llama()
     draws = [torch.randint(0, 101, (3, 16), generator=torch.Generator().manual_seed(9 + i)) for i in range(2)]
     methods = {name: study.SEARCHES[name] for name in ("single drops", "lazy greedy", "greedy", "EvoPress")}
-    parts = [study.rankings(model, draws, m, {"attention": [2]}) for m in (study.scores_of(SCORES | search.INFORMATION), methods)]
-    choices = study.joined_choices([*parts, study.random_sets(model, {"attention": [2]}, 4)])
+    parts = [study.rankings(model, draws, m, ["attention"], [2]) for m in (study.scores_of(SCORES), methods)]
+    choices = study.joined_choices([*parts, study.random_sets(model, ["attention"], [2], 4)])
     table, losses = study.judged(model, choices, HELD)
     return model, draws, choices, table, losses
 

@@ -22,7 +22,6 @@ from ..progress import progress
 from ..residual import SubBlock
 from ..scoring import Metric
 from ..search import SearchResult
-from ..selection import count_of
 from ..statistics import Interval, half_sampling, mean_interval, paired_difference
 from .methods import KIND_NAMES, layers_text, losses_of
 
@@ -32,9 +31,10 @@ LEAST = 0.01  # nats: the least increase that a logarithmic axis shows
 POINT_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 
 
-def scores_of(metrics: Mapping[str, Metric]) -> dict[str, Search]:
-    """Name -> the search by a score of one forward pass."""
-    return {name: partial(search.by_score, metric={name: f}) for name, f in metrics.items()}
+def scores_of(metrics: Mapping[str, Metric], information: bool = True) -> dict[str, Search]:
+    """Name -> the search by a score of one forward pass; mutual information as in MI-PRUN (arXiv 2601.07212), by our reading."""
+    scores = {**metrics, **(search.INFORMATION if information else {})}
+    return {name: partial(search.by_score, metric={name: f}) for name, f in scores.items()}
 
 
 SEARCHES: dict[str, Search] = {
@@ -49,29 +49,22 @@ SEARCHES: dict[str, Search] = {
 }
 
 
-def counts_of_shares(model: PreTrainedModel, shares: Mapping[str, Iterable[float]]) -> dict[str, list[int]]:
-    """Kind -> the numbers of its sub-blocks that these shares of them are."""
-    return {kind: [count_of(share, len(search.candidates(model, kind))) for share in of_kind] for kind, of_kind in shares.items()}
-
-
 def rankings(
     model: PreTrainedModel,
     calibrations: Sequence[Int[Tensor, "window token"]],
     methods: Mapping[str, Search],
-    counts: Mapping[str, Iterable[int]],
+    kinds: Iterable[str],
+    counts: Iterable[int],
 ) -> pd.DataFrame:
     """The set that every method chooses on every draw of calibration text; EvoPress stops at the passes that ours spent.
 
-    Args:
-        counts: kind -> numbers of sub-blocks to drop.
     Returns:
         kind, method, draw, n_dropped, set, dropped (layers), forward_passes, tokens.
     """
     rows, spent = [], {}
-    sizes = [(kind, n) for kind, numbers in counts.items() for n in numbers]
-    cases = list(product(sizes, enumerate(calibrations), methods.items()))
-    cases.sort(key=lambda case: case[2][0] == EVOLUTION)  # after ours, whose passes it gets
-    for (kind, n), (draw, windows), (name, method) in progress(cases, "searches"):
+    cases = list(product(kinds, enumerate(calibrations), counts, methods.items()))
+    cases.sort(key=lambda case: case[3][0] == EVOLUTION)  # after ours, whose passes it gets
+    for kind, (draw, windows), n, (name, method) in progress(cases, "searches"):
         limit = {"passes": spent[kind, draw, n]} if name == EVOLUTION and (kind, draw, n) in spent else {}
         order, passes, tokens = method(model, windows, n, kind, **limit)
         if name == OURS:
@@ -81,10 +74,10 @@ def rankings(
     return pd.DataFrame(rows, columns=["kind", "method", "draw", "n_dropped", "set", "dropped", "forward_passes", "tokens"])
 
 
-def random_sets(model: PreTrainedModel, counts: Mapping[str, Iterable[int]], draws: int, seed: int = 0) -> pd.DataFrame:
+def random_sets(model: PreTrainedModel, kinds: Iterable[str], counts: Iterable[int], draws: int, seed: int = 0) -> pd.DataFrame:
     """Random sets in the columns of ``rankings``; they cost nothing."""
     rows = []
-    for kind, n, draw in ((kind, n, draw) for kind, numbers in counts.items() for n in numbers for draw in range(draws)):
+    for kind, n, draw in product(kinds, counts, range(draws)):
         order = search.random_draw(model, torch.empty(0, 2, dtype=torch.long), n, kind, seed=[seed, draw]).order
         rows.append((kind, RANDOM_DRAW, draw, n, chosen := tuple(sorted(order)), layers_text(chosen), 0.0, 0.0))
     return pd.DataFrame(rows, columns=["kind", "method", "draw", "n_dropped", "set", "dropped", "forward_passes", "tokens"])
@@ -216,7 +209,7 @@ def search_claims(
     text = f"{OURS} beats the best published method of no more passes ({best}) at {names}; measured: nats per token saved"
     found = [claim(text, "next checks", values(best) - values(OURS), evidence=evidence)]
     for information, entropy in product(search.INFORMATION, ("bucket", "knn")):
-        if {information, entropy} <= {*rows.index}:
+        if entropy in rows.index:
             text = f"{information}, beats EntroDrop's {entropy} at {names}; measured: nats per token saved"
             found.append(claim(text, "next checks", values(entropy) - values(information), evidence=evidence))
     return pd.DataFrame(found)
