@@ -126,7 +126,7 @@ def decided(table: pd.DataFrame) -> pd.DataFrame:
     words = [comparison(row.low, row.high) for row in rows.itertuples()]
     part = rows.tokens.to_numpy() / spent.loc[list(rows[case].itertuples(index=False, name=None))].to_numpy()
     rows = rows.assign(word=words, part=part)
-    counts = pd.crosstab(rows.method, rows.word).reindex(columns=["better", "worse", "undecided"], fill_value=0)
+    counts = pd.crosstab(rows.method, rows.word).reindex(columns=["better", "worse", "undecided"], fill_value=0).rename_axis(columns=None)
     counts = counts.assign(cases=counts.sum(axis=1), share_of_tokens=rows.groupby("method").part.mean())
     return counts.reindex([name for name in RIVALS if name in counts.index]).reset_index()
 
