@@ -126,15 +126,24 @@ def decided(table: pd.DataFrame) -> pd.DataFrame:
     words = [comparison(row.low, row.high) for row in rows.itertuples()]
     part = rows.tokens.to_numpy() / spent.loc[list(rows[case].itertuples(index=False, name=None))].to_numpy()
     rows = rows.assign(word=words, part=part)
-    counts = pd.crosstab(rows.method, rows.word).reindex(columns=["better", "worse", "undecided"], fill_value=0).rename_axis(columns=None)
+    counts = (
+        pd.crosstab(rows.method, rows.word)
+        .reindex(columns=["better", "worse", "undecided"], fill_value=0)
+        .rename_axis(columns=None)
+    )
     counts = counts.assign(cases=counts.sum(axis=1), share_of_tokens=rows.groupby("method").part.mean())
     return counts.reindex([name for name in RIVALS if name in counts.index]).reset_index()
 
 
 def confirmation_sentences(table: pd.DataFrame) -> list[str]:
     """Whether the rule is confirmed: the cases against every rival, and intervals where most attention layers are dropped."""
-    lines = []
-    for row in decided(table).itertuples():
+    counts = decided(table)
+    better = counts[(counts.better > counts.cases / 2) & (counts.worse == 0)].method
+    others = counts.method[~counts.method.isin(better)]
+    lines = [
+        f"{OURS} is better in most cases and worse in none than: {', '.join(better) or 'none'}; not than: {', '.join(others)}."
+    ]
+    for row in counts.itertuples():
         lines.append(f"{OURS} against {row.method}: better in {row.better} of {row.cases} cases, worse in {row.worse}.")
     rows = table[table.own & (table.kind == "attention") & table.method.isin(["cosine", "norm_ratio", "single drops"])]
     for (model, text), of_model in rows.groupby(["model", "text"], sort=False):
