@@ -213,6 +213,32 @@ def test_fisher_information_is_the_curvature_of_the_divergence():
     assert abs(draws.mean(0)) == pytest.approx(0, abs=4 * draws.std(0).max() / 1000**0.5)
 
 
+def test_gates_are_the_contractions_of_explicit_jacobians_per_token(text):
+    """J is d logits / d gates, p the prediction and e the label of a token: gradient J'(p - e), Fisher J'(diag p - pp')J."""
+    model, window = uneven().double(), text[:1, :5]
+    model.set_attn_implementation("eager")
+    gates = {SubBlock(1, "mlp"): "mlp.down_proj", SubBlock(4, "attention"): "self_attn.o_proj", SubBlock(5, "mlp"): "mlp.down_proj"}
+
+    def logits(scales):
+        names = [f"model.layers.{s.layer}.{path}.weight" for s, path in gates.items()]
+        weights = {name: model.get_parameter(name) * scale for name, scale in zip(names, scales, strict=True)}
+        return torch.func.functional_call(model, weights, (window,), {"use_cache": False}).logits[0, :-1]
+
+    dense = torch.ones(len(gates), dtype=torch.float64)
+    with torch.no_grad():
+        jacobians, p = torch.func.jacrev(logits)(dense), logits(dense).softmax(-1)  # token, vocab, gate
+    label = torch.nn.functional.one_hot(window[0, 1:], p.shape[1])
+    gradient = torch.einsum("tvg,tv->g", jacobians, p - label) / len(p)
+    assert search.gate_gradients(model, window, list(gates))[0] == pytest.approx(gradient.numpy(), rel=1e-3, abs=1e-6)
+    # Labels of different tokens are independent, so of the mean's outer product the tokens' own terms are left
+    mean = torch.einsum("tvg,tv->tg", jacobians, p)
+    fisher = (torch.einsum("tvg,tv,tvh->gh", jacobians, p, jacobians) - mean.T @ mean).numpy() / len(p) ** 2
+    draws = search.gate_gradients(model, window.expand(2000, -1), list(gates), sampled=True)
+    products = draws[:, :, None] * draws[:, None]
+    assert (abs(products.mean(0) - fisher) < 5 * products.std(0) / len(draws) ** 0.5).all()
+    assert (products.std(0) / len(draws) ** 0.5 < 0.2 * abs(np.diag(fisher)).max()).all(), "the draws decide something"
+
+
 def test_the_descent_ends_in_the_lowest_energy_of_small_problems():
     rng, hits = np.random.default_rng(0), 0
     for _ in range(10):

@@ -8,8 +8,6 @@ from ..progress import progress
 from ..residual import SubBlock
 from .costs import Kinds, SearchResult, SetCosts, candidates, fits, take
 
-SHORTENED_PROTECTED = (0, 1, 2, 3, -2, -1)  # blocks that Shortened LLaMA never drops
-
 
 def single_drops(
     model: PreTrainedModel,

@@ -31,9 +31,10 @@ LEAST = 0.01  # nats: the least increase that a logarithmic axis shows
 POINT_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 
 
-def scores_of(metrics: Mapping[str, Metric]) -> dict[str, Search]:
+def scores_of(metrics: Mapping[str, Metric], information: bool = True) -> dict[str, Search]:
     """Name -> the search by a score of one forward pass; mutual information as in MI-PRUN (arXiv 2601.07212), by our reading."""
-    return {name: partial(search.by_score, metric={name: f}) for name, f in {**metrics, **search.INFORMATION}.items()}
+    scores = {**metrics, **(search.INFORMATION if information else {})}
+    return {name: partial(search.by_score, metric={name: f}) for name, f in scores.items()}
 
 
 SEARCHES: dict[str, Search] = {

@@ -1,0 +1,172 @@
+"""Lazy greedy on models and texts on which its shortlist was not chosen, beside the methods that it competes with.
+
+``python -m entrodrop_utils.studies.confirmation MODEL --text TEXT`` writes ``data/results/MODEL/confirm/07_confirmation.csv``
+after every kind and count; the folder's name has the text where it is not the default. A stopped run continues from the cache.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from .. import search
+from ..entropy import bucket, knn
+from ..models import load_model
+from ..paths import DATA, RESULTS
+from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
+from ..selection import count_of
+from ..similarity import cosine, norm_ratio
+from ..statistics import Interval, comparison, interval_text
+from ..text import windows
+from .methods import KIND_NAMES
+from .search_study import (
+    EVOLUTION,
+    OURS,
+    RANDOM_DRAW,
+    SEARCHES,
+    against_ours,
+    joined_choices,
+    judged,
+    random_sets,
+    rankings,
+    scores_of,
+)
+
+FILE = "07_confirmation.csv"
+SIZE = "confirm"
+SHARES = {"attention": (0.375, 0.25, 0.125), "mlp": (0.25,)}  # kind -> shares dropped, the most first
+SEARCH_TEXT, SCORE_TEXT, HELD_OUT_TEXT = (3, 32), (8, 128), (6, 64)  # windows and tokens, the amounts of notebook 07
+SECOND_DOMAIN = "english"
+SCORES = {"bucket": bucket, "knn": knn, "cosine": cosine, "norm_ratio": norm_ratio}
+RIVALS = ("single drops", EVOLUTION, "norm_ratio", "cosine", "bucket", "knn")
+
+
+def confirm(
+    name: str,
+    text: str = DEFAULT_TEXT,
+    label: str = "",
+    draws: int = 2,
+    evolved: Iterable[str] = (),
+    shares: Mapping[str, Sequence[float]] = SHARES,
+) -> pd.DataFrame:
+    """Every method on a model and a calibration text, judged on that text's evaluation part and on another domain.
+
+    Args:
+        text: calibration text, as for ``windows``.
+        label: what the results call it; empty for its own name.
+        draws: draws of calibration text.
+        evolved: kinds on which EvoPress runs too, with the passes that lazy greedy spent.
+        shares: kind -> shares of its sub-blocks that are dropped.
+    Returns:
+        The columns of ``against_ours`` without ``share``, and ``dropped``: the layers that each draw chose, the draws separated by
+        semicolons.
+    """
+    label, evolved = label or text, set(evolved)
+    profile = Profile(model=name, size=SIZE, text=label, output=str(DATA))
+    model, tokenizer = load_model(name)
+    short, long = (
+        [windows(text, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in (SEARCH_TEXT, SCORE_TEXT)
+    )
+    sources = {label: text} | {SECOND_DOMAIN: SECOND_DOMAIN}
+    held_out = {domain: windows(source, "evaluation", tokenizer, *HELD_OUT_TEXT) for domain, source in sources.items()}
+    tables = []
+    for kind, of_kind in shares.items():
+        searches = ["Fisher", "single drops", OURS, *([EVOLUTION] if kind in evolved else [])]
+        for share in of_kind:
+            n = [count_of(share, len(search.candidates(model, kind)))]
+            parts = [
+                rankings(model, long, scores_of(SCORES, information=False), [kind], n),
+                rankings(model, short, {method: SEARCHES[method] for method in searches}, [kind], n),
+                random_sets(model, [kind], n, 3),
+            ]
+            choices, losses = judged(model, joined_choices(parts), held_out)
+            sets = choices[choices.domain == label].groupby("method").dropped.agg("; ".join)
+            table = against_ours(choices, losses).drop(columns="share")
+            tables.append(table.assign(dropped=table.method.map(sets)))
+            profile.write(pd.concat(tables), FILE)
+    return pd.concat(tables, ignore_index=True)
+
+
+def confirmations() -> pd.DataFrame:
+    """The committed tables of all models and texts: model, text (of calibration), and the columns of ``confirm``."""
+    tables = []
+    for path in sorted(RESULTS.glob(f"*/{SIZE}*/{FILE}")):
+        text = path.parent.name.removeprefix(SIZE).removeprefix("-") or DEFAULT_TEXT
+        table = pd.read_csv(path)
+        tables.append(table.assign(model=path.parts[-3], text=text, own=table.domain == text))
+    return pd.concat(tables, ignore_index=True)
+
+
+def rival_table(table: pd.DataFrame, own: bool = True) -> pd.DataFrame:
+    """What each rival costs more than lazy greedy, nats per token with its interval; above zero lazy greedy is better.
+
+    Args:
+        table: as ``confirmations`` returns it.
+        own: on the evaluation part of the calibration text; False: on the other domain.
+    """
+    rows = table[table.own == own].sort_values(["model", "text", "kind", "n_dropped"])
+    case = ["model", "text", "kind", "n_dropped"]
+    shown = rows.assign(value=interval_text(rows, ["difference", "low", "high"])).pivot_table(
+        "value", case, "method", aggfunc="first"
+    )
+    ours = rows[rows.method == OURS].set_index(case).increase.map("{:.2f}".format)
+    return shown.reindex(columns=[name for name in RIVALS if name in shown]).assign(**{OURS: ours}).fillna("–")
+
+
+def decided(table: pd.DataFrame) -> pd.DataFrame:
+    """In how many cases lazy greedy is better, worse or undecided, by rival. A case is a model, text, domain, kind and count.
+
+    Returns:
+        method, better, worse, undecided, cases, share_of_tokens (spent by the rival, in those of lazy greedy).
+    """
+    case = ["model", "text", "domain", "kind", "n_dropped"]
+    spent = table[table.method == OURS].set_index(case).tokens
+    rows = table[table.method.isin(RIVALS)]
+    words = [comparison(row.low, row.high) for row in rows.itertuples()]
+    part = rows.tokens.to_numpy() / spent.loc[list(rows[case].itertuples(index=False, name=None))].to_numpy()
+    rows = rows.assign(word=words, part=part)
+    counts = (
+        pd.crosstab(rows.method, rows.word)
+        .reindex(columns=["better", "worse", "undecided"], fill_value=0)
+        .rename_axis(columns=None)
+    )
+    counts = counts.assign(cases=counts.sum(axis=1), share_of_tokens=rows.groupby("method").part.mean())
+    return counts.reindex([name for name in RIVALS if name in counts.index]).reset_index()
+
+
+def confirmation_sentences(table: pd.DataFrame) -> list[str]:
+    """Whether the rule is confirmed: the cases against every rival, and intervals where most attention layers are dropped."""
+    counts = decided(table)
+    better = counts[(counts.better > counts.cases / 2) & (counts.worse == 0)].method
+    others = counts.method[~counts.method.isin(better)]
+    lines = [
+        f"{OURS} is better in most cases and worse in none than: {', '.join(better) or 'none'}; not than: {', '.join(others)}."
+    ]
+    for row in counts.itertuples():
+        lines.append(f"{OURS} against {row.method}: better in {row.better} of {row.cases} cases, worse in {row.worse}.")
+    rows = table[table.own & (table.kind == "attention") & table.method.isin(["cosine", "norm_ratio", "single drops"])]
+    for (model, text), of_model in rows.groupby(["model", "text"], sort=False):
+        most = of_model[of_model.n_dropped == of_model.n_dropped.max()]
+        costs = ", ".join(f"{row.method} {Interval(row.difference, row.low, row.high):.2f}" for row in most.itertuples())
+        number = f"{most.n_dropped.iloc[0]} {KIND_NAMES['attention']}"
+        lines.append(f"{model}, {text}: without {number} the others cost more than {OURS} by, in nats: {costs}.")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Confirm the recommended search on a model and a text, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.confirmation", description=main.__doc__)
+    parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="as for load_model, a registered name")
+    parser.add_argument("--text", default=DEFAULT_TEXT, help="calibration text, a name or a file")
+    parser.add_argument("--label", default="", help="what the results call the text")
+    parser.add_argument("--draws", type=int, default=2, help="draws of calibration text")
+    parser.add_argument("--evolved", nargs="*", default=[], choices=[*KIND_NAMES], help="kinds on which EvoPress runs too")
+    chosen = parser.parse_args(arguments)
+    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved)
+    print(table[table.method != RANDOM_DRAW].drop(columns="dropped").round(3).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

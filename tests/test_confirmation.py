@@ -1,0 +1,93 @@
+"""The confirmation of lazy greedy: its table against plain losses, its counts and sentences against loops over the table."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_llama import tiny_llama
+
+from entrodrop_utils import search
+from entrodrop_utils.dropping import dropped
+from entrodrop_utils.studies import confirmation as study
+
+
+def text_of(source: str, part: str, tokenizer, n: int, tokens: int, draw: int = 0) -> torch.Tensor:
+    seed = sum(map(ord, source + part)) + draw
+    return torch.randint(0, 101, (n, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_losses(model, windows, sub_blocks) -> np.ndarray:
+    with torch.no_grad(), dropped(model, sub_blocks):
+        return np.array([float(model(w[None], labels=w[None]).loss) for w in windows])
+
+
+@pytest.fixture(scope="module")
+def confirmed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "load_model", lambda name: (tiny_llama(), None))
+        patch.setattr(study, "windows", text_of)
+        patch.setattr(study, "SEARCH_TEXT", (2, 12))
+        patch.setattr(study, "SCORE_TEXT", (2, 30))
+        patch.setattr(study, "HELD_OUT_TEXT", (4, 14))
+        patch.setattr(study, "DATA", folder)
+        patch.setattr(study, "RESULTS", folder / "results")
+        table = study.confirm("tiny", "a file", "c4", 2, ["attention"], {"attention": [0.5], "mlp": [0.34]})
+        return table, study.confirmations()
+
+
+def test_every_choice_is_its_searchs_and_its_difference_that_of_plain_losses(confirmed):
+    table, _ = confirmed
+    model, held = tiny_llama(), text_of("a file", "evaluation", None, 4, 14)
+    rows = table[(table.domain == "c4") & (table.kind == "attention")].set_index("method")
+    sets = {
+        name: [method(model, text_of("a file", "calibration", None, 2, 12, draw), 3).order for draw in (0, 1)]
+        for name, method in {"lazy greedy": search.lazy_greedy, "single drops": search.single_drops}.items()
+    }
+    losses = {}
+    for name, of_draws in sets.items():
+        assert rows.dropped[name] == "; ".join(" ".join(str(s.layer) for s in sorted(order)) for order in of_draws)
+        losses[name] = np.mean([plain_losses(model, held, order) for order in of_draws], axis=0)
+    difference = (losses["single drops"] - losses["lazy greedy"]).mean()
+    assert rows.difference["single drops"] == pytest.approx(difference, abs=1e-5)
+    assert rows.increase["lazy greedy"] == pytest.approx((losses["lazy greedy"] - plain_losses(model, held, [])).mean(), abs=1e-5)
+    (two,) = {len(layers.split()) for cell in table[table.kind == "mlp"].dropped for layers in cell.split("; ")}
+    assert two == 2 == table[table.kind == "mlp"].n_dropped.unique().item()
+    assert {*table[table.kind == "attention"].method} - {*table[table.kind == "mlp"].method} == {"EvoPress"}
+
+
+def test_what_was_written_is_read_as_another_text_of_the_model(confirmed):
+    table, read = confirmed
+    assert {*zip(read.model, read.text, strict=True)} == {("tiny", "c4")}
+    assert read.own.tolist() == (table.domain == "c4").tolist()
+    assert read.difference.to_numpy() == pytest.approx(table.difference.to_numpy(), rel=1e-4, abs=1e-6)
+    shown = study.rival_table(read)
+    assert shown.index.tolist() == [("tiny", "c4", "attention", 3), ("tiny", "c4", "mlp", 2)]
+    row = table[(table.domain == "c4") & (table.method == "cosine") & (table.kind == "mlp")].iloc[0]
+    assert shown.cosine.iloc[1] == f"{row.difference:.2f} [{row.low:.2f}, {row.high:.2f}]" and shown.EvoPress.iloc[1] == "–"
+
+
+def test_cases_are_counted_one_by_one(confirmed):
+    _, read = confirmed
+    counts = study.decided(read).set_index("method")
+    for name, row in counts.iterrows():
+        rows = read[read.method == name]
+        assert [row.better, row.worse, row.cases] == [(rows.low > 0).sum(), (rows.high < 0).sum(), len(rows)]
+        ours = read[read.method == "lazy greedy"].set_index(["domain", "kind", "n_dropped"]).tokens
+        parts = [r.tokens / ours[r.domain, r.kind, r.n_dropped] for r in rows.itertuples()]
+        assert row.share_of_tokens == pytest.approx(np.mean(parts))
+    lines = study.confirmation_sentences(read)
+    assert len(lines) == 1 + len(counts) + 1
+    won = [name for name, row in counts.iterrows() if row.better > row.cases / 2 and row.worse == 0]
+    assert lines[0].partition("than: ")[2].partition(";")[0] == (", ".join(won) or "none")
+    assert f"cosine: better in {counts.better['cosine']} of {counts.cases['cosine']} cases" in " ".join(lines)
+    cosine = read[read.own & (read.kind == "attention") & (read.method == "cosine")].iloc[0]
+    assert f"cosine {cosine.difference:.2f} [{cosine.low:.2f}, {cosine.high:.2f}]" in lines[-1]
+
+
+def test_the_committed_confirmations_are_of_other_models_or_texts():
+    table = study.confirmations()
+    cases = table.groupby(["model", "text"])
+    assert ("smollm2-135m-instruct", "docs") not in cases.groups and len(cases) >= 1
+    for _, rows in cases:
+        ours = rows[rows.method == "lazy greedy"]
+        assert (ours[["difference", "low", "high"]] == 0).all(axis=None) and rows.own.any() and not rows.own.all()
