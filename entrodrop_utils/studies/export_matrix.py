@@ -105,22 +105,25 @@ def read_matrix(results: Path = RESULTS_FILE) -> list[dict[str, object]]:
     return pd.read_csv(results, keep_default_na=False).to_dict("records") if results.exists() else []
 
 
-def measure_matrix(results: Path = RESULTS_FILE) -> pd.DataFrame:
+def measure_matrix(results: Path = RESULTS_FILE, run: bool = True) -> pd.DataFrame:
     """Every program, drop and family: target, drop, family, outcome, reason, difference (of logits, in their standard deviations).
 
     Written after every row; a row from the same version of a program is kept, and so are those of programs that are not here.
+
+    Args:
+        run: the programs; else exports are only written, in rows that are not there.
     """
     rows = {(row["target"], row["drop"], row["family"]): row for row in read_matrix(results)}
     ids = torch.randint(3, 100, (64,), generator=torch.Generator().manual_seed(1))
     for target in TARGETS:
         try:
-            here = environment(target)
+            here = environment(target) if run else ""
         except RuntimeUnavailable as error:
             print(f"{target} is left out: {error}", file=sys.stderr)
             continue
         keys = [(target, drop, family) for drop in DROPS for family in FAMILIES]
         for key in progress(keys, f"small models in {target}"):
-            if rows.get(key, {}).get("environment") == here:
+            if key in rows and (not run or rows[key]["environment"] == here):
                 continue
             model, (drop_set, maps) = random_model(key[2]), DROPS[key[1]]
             with (
@@ -129,7 +132,7 @@ def measure_matrix(results: Path = RESULTS_FILE) -> pd.DataFrame:
             ):
                 exported, outcome, reason = written(target, model, Path(d) / "exported")
                 row = dict(zip(("target", "drop", "family"), key, strict=True)) | {"outcome": outcome, "reason": reason}
-                if exported is not None:
+                if exported is not None and run:
                     reference = logits_of(model, ids)
                     difference = np.abs(logits_in(target, exported.path, ids.tolist()) - reference).max() / reference.std()
                     row["difference"] = float(f"{difference:.3g}")
@@ -180,12 +183,33 @@ def proof_table(names: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def part_table(columns: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Columns of the q8_0 rows that have them, in Markdown; a speedup is followed by its interval."""
+    lines = [f"| model | drops | {' | '.join(columns.values())} |", "|---|---|" + "---|" * len(columns)]
+    for name, title in names.items():
+        for row in pd.read_csv(RESULTS / name / "export.csv").to_dict("records"):
+            if row["type"] == "q8_0" and not any(pd.isna(row.get(key)) for key in columns):
+                ends = {key: f" [{row[f'{key}_low']:.2f}, {row[f'{key}_high']:.2f}]" for key in columns if f"{key}_low" in row}
+                cells = [f"{row[key]:.2f}{ends[key]}" if key in ends else f"{row[key]:.2g}" for key in columns]
+                lines.append(f"| {title} | {row['drop']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PARTS = {
+    "max_difference": "in all",
+    "weights_difference": "weights",
+    "arithmetic_difference": "arithmetic",
+    "simulated_difference": "arithmetic, simulated",
+    "f32_difference": "f32 file of these weights",
+}
+SPEEDS = {"prompt_speedup": "reading, times as fast", "generation_speedup": "writing, times as fast"}
 PROVEN = {"smollm2-135m-instruct": "SmolLM2-135M", "qwen2.5-coder-0.5b-instruct": "Qwen2.5-Coder-0.5B"}
 
 
 def with_tables(text: str) -> str:
     """The README with its tables as the results say."""
-    for name, table in {"families": matrix_table(), "trained models": proof_table(PROVEN)}.items():
+    tables = {"families": matrix_table(), "trained models": proof_table(PROVEN)}
+    for name, table in (tables | {"parts": part_table(PARTS, PROVEN), "speeds": part_table(SPEEDS, PROVEN)}).items():
         start, end = (mark.format(name) for mark in MARKS)
         before, rest = text.split(start)
         text = f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
@@ -196,8 +220,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing and write the tables of export's README."""
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.export_matrix", description=main.__doc__)
     parser.add_argument("--tables", action="store_true", help="only write the tables, from the results that are there")
-    if not parser.parse_args(arguments).tables:
-        measure_matrix()
+    parser.add_argument("--no-run", action="store_true", help="write exports that are not in the results, and run no program")
+    chosen = parser.parse_args(arguments)
+    if not chosen.tables:
+        measure_matrix(run=not chosen.no_run)
     write_text(README, with_tables(README.read_text(encoding="utf-8")))
     return 0
 
