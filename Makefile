@@ -7,6 +7,7 @@ ONLY  ?=
 SET   ?=
 SWEEP ?= notebooks/sizes/sweep.toml
 JOBS  ?= 1
+DEVICE ?= cpu
 SCHEDULER ?=
 PY    := .venv/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -83,8 +84,9 @@ sweep: env ## many runs on JOBS workers, or on a dask cluster: SWEEP=file.toml J
 	@$(PY) -c 'import distributed' 2>/dev/null || $(PY) -m pip install --quiet --progress-bar off "distributed>=2025.1"
 	@$(PY) -m entrodrop_utils.runner.sweep "$(SWEEP)" --jobs "$(JOBS)" --scheduler "$(SCHEDULER)"
 
-bench: env ## speed of the estimators as ratios measured side by side
-	$(PY) tests/bench.py
+bench: env ## speed as ratios measured side by side, on an idle machine: MODEL=... DEVICE=cpu|cuda
+	$(PY) tests/bench.py --model "$(MODEL)" --device "$(DEVICE)"
+	$(PY) -m entrodrop_utils.studies.speed --model "$(MODEL)" --device "$(DEVICE)"
 
 lab: env ## open JupyterLab on copies of the notebooks in build/lab: autosave leaves the tracked ones as they are
 	@mkdir -p build/lab

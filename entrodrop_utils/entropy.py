@@ -48,20 +48,26 @@ def shared() -> Iterator[None]:
         _SHARED.reset(token)
 
 
-def _once(function: Callable) -> Callable:
-    """The function of a tensor, with its results kept while ``shared`` is open."""
+def once(function: Callable) -> Callable:
+    """The function of tensors and settings, with its results kept while ``shared`` is open."""
 
     @functools.wraps(function)
-    def cached(x: Tensor, *more: Hashable) -> Tensor | tuple[Tensor, ...]:
+    def cached(*arguments: Tensor | Hashable) -> Tensor | tuple[Tensor, ...]:
         if (results := _SHARED.get()) is None:
-            return function(x, *more)
-        # Addresses identify tensors as long as all of them are held
-        key = function, x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, more
+            return function(*arguments)
+        key = function, *(_identity(argument) for argument in arguments)
         if key not in results:
-            results[key] = x, function(x, *more)
+            results[key] = arguments, function(*arguments)
         return results[key][1]
 
     return cached
+
+
+def _identity(argument: Tensor | Hashable) -> Hashable:
+    """What tells an argument apart: addresses identify tensors as long as all of them are held."""
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.data_ptr(), argument.shape, argument.stride(), argument.dtype, argument.device
 
 
 ROWS, COLUMNS = 64, 1024  # of a block of a product of states on a CPU
@@ -70,7 +76,7 @@ ROWS, COLUMNS = 64, 1024  # of a block of a product of states on a CPU
 WIDE, CLOSE = 1024, 0.01
 
 
-@_once
+@once
 def _products(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> Float[Tensor, "*batch token token"]:
     """Products of the centred tokens with each other, multiplied and summed in a dtype, returned in float64."""
     *batch, tokens, dim = x.shape
@@ -93,7 +99,7 @@ def _products(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> Float
     return grams.view(*batch, tokens, tokens).double()
 
 
-@_once
+@once
 def _distances(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Squared distances (token token) and the squared norms of the centred tokens, from products in a dtype."""
     gram = _products(x, dtype)
@@ -184,12 +190,12 @@ def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False)
     return (dim * log_radius - count(rank)).mean(-1) + log_ball + count(torch.tensor(tokens, device=x.device))
 
 
-def _ranked(d2: Float[Tensor, "*batch token token"], rank: Int[Tensor, "*batch token"]) -> Float[Tensor, "*batch token"]:
+def _ranked(values: Float[Tensor, "*row column"], rank: Int[Tensor, "*row"]) -> Float[Tensor, "*row"]:
     """The element of each row with that rank, from 0."""
-    if d2.device.type == "cpu" and not d2.requires_grad:  # numpy selects with vector instructions, in a fifth of the time
-        rows = torch.from_numpy(np.partition(d2.numpy(), rank.unique().numpy(), axis=-1))
+    if values.device.type == "cpu" and not values.requires_grad:  # numpy selects with vector instructions, in a fifth of the time
+        rows = torch.from_numpy(np.partition(values.numpy(), rank.unique().numpy(), axis=-1))
     else:
-        rows = d2.topk(int(rank.max()) + 1, largest=False).values
+        rows = values.topk(int(rank.max()) + 1, largest=False).values
     return rows.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
 
 
@@ -214,17 +220,18 @@ def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tenso
     return log_mean / (1 - alpha)
 
 
-@_once
+@once
 def _log_kernel(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch token token"]:
     """Log of the Gaussian kernel between standardised tokens, its sigma their median distance."""
-    x = x.double()  # once: operations that convert one operand are slower than two
+    x = x.double()
     centred = x - x.mean(-2, keepdim=True)
     std = (centred.square().sum(-2, keepdim=True) / (x.shape[-2] - 1)).sqrt()
     varies = x.amax(-2, keepdim=True) > x.amin(-2, keepdim=True)
-    x = torch.where(varies, centred / std, 0.0)
-    upper = torch.triu_indices(x.shape[-2], x.shape[-2], offset=1, device=x.device)
-    d2 = squared_distances(x)
-    sigma2 = d2[..., upper[0], upper[1]].median(-1).values
+    d2 = squared_distances(centred.mul_(torch.where(varies, 1 / std, 0.0)))
+    # The matrix holds each pair twice, and its diagonal of zeros: the lower median of the pairs is this element of it
+    tokens = x.shape[-2]
+    middle = tokens + 2 * ((tokens * (tokens - 1) // 2 - 1) // 2)
+    sigma2 = _ranked(d2.flatten(-2).unsqueeze(-2), torch.full((*x.shape[:-2], 1), middle, device=x.device)).squeeze(-1)
     # sigma = 0: more than half of the pairs coincide; only they keep K = 1, whatever the bandwidth
     return torch.where(d2 > 0, -d2 / (2 * sigma2[..., None, None]), 0.0)
 
@@ -260,7 +267,7 @@ def gaussian(x: Num[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch"]:
     return 0.5 * (dim * math.log(2 * math.pi * math.e) + log_det)
 
 
-@_once
+@once
 def _covariance(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch dim dim"]:
     """Products of the centred dimensions with each other, in float64."""
     centred = x.double() - x.mean(-2, keepdim=True, dtype=torch.float64)
@@ -289,7 +296,7 @@ def matrix_renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 1.0) -> Floa
     return eigenvalue.pow(alpha).sum(-1).log() / (1 - alpha)
 
 
-@_once
+@once
 def _spectrum(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch eigenvalue"]:
     """Eigenvalues of the token Gram matrix, which sum to 1; those of the covariance are the same but for zeros."""
     mean = x.mean(-2, keepdim=True, dtype=torch.float64)

@@ -133,7 +133,9 @@ def _entropies(metrics: Mapping[Hashable, Metric], state: Tensor) -> dict[Hashab
 @torch.inference_mode()
 def _similarities(metrics: Mapping[Hashable, Metric], stream: list[Tensor], sub_block: SubBlock) -> dict[Hashable, float]:
     x, y = (stream[endpoint] for endpoint in endpoints(sub_block))
-    return {key: float(metric(x.to(y.device), y)) for key, metric in metrics.items() if not is_entropy(metric)}
+    x = x.to(y.device)
+    with shared():
+        return {key: float(metric(x, y)) for key, metric in metrics.items() if not is_entropy(metric)}
 
 
 def score(

@@ -1,62 +1,209 @@
-"""Speed as ratios of two ways to get the same number, measured side by side: `make bench`."""
+"""Speed as ratios of two ways to the same result, measured side by side: `make bench` writes data/results/bench-<device>.csv.
 
-import statistics
-import time
+The references are the published formulas, written plainly here, and other libraries. Every pair is checked for equal results first.
+"""
 
+import argparse
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import scipy.spatial
 import torch
+from scipy import stats
+from sklearn.metrics.pairwise import paired_cosine_distances
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from entrodrop_utils import entropy, residual, scoring
+from entrodrop_utils import cache, entropy, evaluation, scoring, similarity
+from entrodrop_utils.dropping import dropped
+from entrodrop_utils.files import write_text
+from entrodrop_utils.paths import RESULTS
+from entrodrop_utils.progress import progress
+from entrodrop_utils.residual import find
+from entrodrop_utils.statistics import Interval
+from entrodrop_utils.studies import speed
+
+SHAPES = ((256, 192), (256, 576), (256, 4096), (256, 8192), (2048, 576), (2048, 4096))  # tokens, dimensions
+LARGEST = 2048 * 1024  # elements of a state that the slow references are given
+Row = dict[str, object]
 
 
 def one_hot(x: torch.Tensor, bins: int = 20) -> torch.Tensor:
-    """The bucket entropy as the published code computes it: a one-hot tensor of token x dim x bins."""
+    """Bucket entropy as the published code computes it: a one-hot tensor of token x dim x bins."""
     low, high = x.amin(0, keepdim=True), x.amax(0, keepdim=True)
     index = ((x - low) / (high - low) * bins).long().clamp(max=bins - 1)
     p = torch.nn.functional.one_hot(index, bins).double().mean(0)
     return -torch.special.xlogy(p, p).sum()
 
 
-def brute_force(x: torch.Tensor, k: int = 25) -> torch.Tensor:
-    """KNN radii from exact distances, without a matrix product."""
-    distance = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    return distance.topk(k + 1, largest=False).values[:, k].log().mean()
+def histograms(x: torch.Tensor, bins: int = 20) -> float:
+    """Bucket entropy by numpy.histogram, a dimension at a time."""
+    return sum(float(stats.entropy(np.histogram(column, bins)[0])) for column in x.numpy().T)
 
 
-def seconds(call, runs: int = 7) -> float:
-    call()
-    found = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+def cdist_topk(x: torch.Tensor, k: int = 25) -> torch.Tensor:
+    """KNN entropy as the published code computes it, in float32; its constants are ours."""
+    return _knn_of_radii(torch.cdist(x, x).topk(k + 1, largest=False)[0][:, k].double(), x, k)
 
 
-def one_after_another(model, window: torch.Tensor) -> list[float]:
-    """Every estimator of every state in turn, each with all threads."""
-    found = []
-    for state in residual.states(model, window)[:, 0]:
-        with entropy.shared():
-            found += [float(estimator(state)) for estimator in entropy.ESTIMATORS.values()]
-    return found
+def kd_tree(x: torch.Tensor, k: int = 25) -> torch.Tensor:
+    """KNN entropy with SciPy's k-d tree, as NPEET computes it."""
+    values = x.numpy()
+    return _knn_of_radii(torch.from_numpy(scipy.spatial.cKDTree(values).query(values, k + 1)[0][:, k]), x, k)
+
+
+def _knn_of_radii(radii: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
+    tokens, dim = x.shape
+    ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1)
+    count = torch.special.digamma(torch.tensor([tokens, k], dtype=torch.float64))
+    return dim * radii.log().mean() + ball + count[0] - count[1]
+
+
+def renyi_kernel(x: torch.Tensor, alpha: float = 4.0) -> torch.Tensor:
+    """Renyi entropy of the kernel between standardised tokens, from SciPy's pairwise distances."""
+    x = x.double()
+    pairs = scipy.spatial.distance.pdist(((x - x.mean(0)) / x.std(0)).numpy(), "sqeuclidean")
+    middle = np.sort(pairs)[(len(pairs) - 1) // 2]
+    kernel = np.exp(-scipy.spatial.distance.squareform(pairs) / (2 * middle))
+    return torch.tensor(np.log((kernel ** (alpha - 1)).mean()) / (1 - alpha))
+
+
+def singular_values(x: torch.Tensor) -> torch.Tensor:
+    """Matrix-based entropy from the singular values of the states."""
+    squares = torch.linalg.svdvals(x.double()).square()
+    p = squares / squares.sum()
+    return -torch.special.xlogy(p, p).sum()
+
+
+# estimator -> title of the reference -> reference; the second is the largest state that it is given
+REFERENCES: dict[str, dict[str, tuple[Callable, int]]] = {
+    "bucket": {"published one-hot formula": (one_hot, 2048 * 4096), "numpy.histogram": (histograms, LARGEST)},
+    "knn": {"published cdist and topk": (cdist_topk, 2048 * 4096), "scipy.spatial.cKDTree": (kd_tree, LARGEST)},
+    "renyi": {"scipy.spatial.distance.pdist": (renyi_kernel, LARGEST)},
+    "matrix_renyi": {"singular values": (singular_values, LARGEST)},
+}
+
+
+def _row(
+    what: str, setting: str, reference: str, measured: speed.SideBySide, memory: Sequence[float] = (math.nan, math.nan)
+) -> Row:
+    return {
+        "what": what, "setting": setting, "reference": reference, "reference_ms": 1e3 * measured.reference,
+        "ms": 1e3 * measured.seconds, "ratio": measured.ratio.estimate, "low": measured.ratio.low, "high": measured.ratio.high,
+        "reference_mib": memory[0], "mib": memory[1],
+    }  # fmt: skip
+
+
+def estimators(device: str) -> Iterator[Row]:
+    """Every estimator against the published formula and against a library, with one thread: time and peak memory."""
+    for tokens, dim in SHAPES:
+        x = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(0))
+        for name, references in REFERENCES.items():
+            ours = functools.partial(entropy.ESTIMATORS[name], x)
+            for title, (reference, largest) in references.items():
+                if x.numel() > largest or (title.startswith("scipy.spatial.cKDTree") and tokens > 256):
+                    continue  # minutes a call
+                other = functools.partial(reference, x)
+                assert math.isclose(float(ours()), float(other()), rel_tol=1e-4), (name, title, float(ours()), float(other()))
+                memory = [speed.peak_memory(call) for call in (other, ours)]
+                rounds = 9 if x.numel() <= LARGEST else 4
+                yield _row(name, f"{tokens} tokens x {dim}", title, speed.side_by_side(other, ours, rounds, least=0.02), memory)
+        y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        pair = functools.partial(similarity.cosine, x, y), functools.partial(paired_cosine_distances, x.numpy(), y.numpy())
+        assert math.isclose(float(pair[0]()), float(pair[1]().mean()), rel_tol=1e-3)
+        yield _row("cosine", f"{tokens} tokens x {dim}", "scikit-learn", speed.side_by_side(pair[1], pair[0], least=0.02))
+
+
+def scoring_pass(name: str, device: str) -> Iterator[Row]:
+    """A window's scores against its plain forward pass without logits; the ratio is how many passes the scores cost."""
+    model = speed.load_for_speed(name, device)
+    ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
+    sets = {"bucket, knn, cosine": ["bucket", "knn", "cosine"], "all registered metrics": list(scoring.METRICS)}
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model.base_model(ids.to(model.device), use_cache=False)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for title, metrics in sets.items():
+        score = functools.partial(scoring.measure, model, ids, scoring.resolve(metrics), scoring.KINDS, "")
+        memory = [speed.peak_memory(call, model.device) for call in (score, forward)]
+        timed = speed.side_by_side(score, forward, rounds=9, threads=torch.get_num_threads(), least=0.01)
+        yield _row(f"scores: {title}", f"{name}, 256 tokens", "forward pass without logits", timed, memory)
+
+
+def many_sets(name: str, device: str) -> Iterator[Row]:
+    """The losses of 20 nested sets: one after another as a plain loop, and with the layers that they share run once."""
+    model = speed.load_for_speed(name, device)
+    ids = torch.randint(0, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
+    deepest = find(model, "attention")[::-1]
+    sets = [deepest[:n] for n in range(1, 21)]
+
+    def loop() -> list[float]:
+        losses = []
+        for drop_set in sets:
+            with dropped(model, drop_set):
+                losses.append(evaluation.perplexity(model, ids).mean)
+        return losses
+
+    def shared() -> list[float]:
+        with mock.patch.object(cache, "read", return_value=None), mock.patch.object(cache, "write"):
+            return evaluation.losses_by_set(model, ids, sets).groupby("set", sort=False).nll.mean().tolist()
+
+    np.testing.assert_allclose(shared(), loop(), rtol=1e-4)
+    timed = speed.side_by_side(loop, shared, rounds=3, threads=torch.get_num_threads(), least=0.01)
+    yield _row("losses of 20 nested sets", f"{name}, 4 x 128 tokens", "a loop over the sets", timed)
+
+
+def growth(device: str) -> Iterator[Row]:
+    """How time grows: the slope of log time over log size, 1 where it is proportional, with the interval of the regression."""
+    x = {n: torch.randn(n, 1024) for n in (128, 256, 512, 1024, 2048)}
+    wide = {dim: torch.randn(256, dim) for dim in (256, 512, 1024, 2048, 4096, 8192)}
+    for name, estimator in entropy.ESTIMATORS.items():
+        yield _slope(name, "tokens, 1024 dimensions", {n: functools.partial(estimator, state) for n, state in x.items()})
+        yield _slope(name, "dimensions, 256 tokens", {dim: functools.partial(estimator, state) for dim, state in wide.items()})
+    shape = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4}
+    models = {n: LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=n)).eval() for n in (4, 8, 16, 32)}
+    ids = torch.randint(0, 256, (16, 128), generator=torch.Generator().manual_seed(0))
+    metrics = scoring.resolve(["bucket", "knn", "cosine"])
+
+    def score(model, n: int) -> Callable:
+        return functools.partial(scoring.measure, model, ids[:n], metrics, scoring.KINDS, "")
+
+    yield _slope("scores", "layers", {n: score(model, 2) for n, model in models.items()})
+    yield _slope("scores", "windows", {n: score(models[8], n) for n in (2, 4, 8, 16)})
+    memory = [speed.peak_memory(score(models[8], n)) for n in (2, 16)]
+    yield {"what": "scores", "setting": "memory, MiB of 2 and of 16 windows", "reference_mib": memory[0], "mib": memory[1]}
+
+
+def _slope(what: str, setting: str, calls: dict[int, Callable]) -> Row:
+    seconds = [speed.Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.15).median for call in calls.values()]
+    fit = stats.linregress(np.log(list(calls)), np.log(seconds))
+    half = stats.t.ppf(0.975, len(calls) - 2) * fit.stderr
+    slope = Interval(fit.slope, fit.slope - half, fit.slope + half)
+    return {"what": what, "setting": f"slope of time over {setting}", "ratio": slope.estimate, "low": slope.low, "high": slope.high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests/bench.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="smollm2-135m-instruct", help=f"a model's name, or one of {', '.join(speed.SHAPES)}")
+    chosen = parser.parse_args()
+    device = torch.device(chosen.device).type
+    parts = [scoring_pass, many_sets] if device == "cuda" else [estimators, scoring_pass, many_sets, growth]
+    rows = []
+    for part in progress(parts, "bench"):
+        given = (chosen.device,) if part in (estimators, growth) else (chosen.model, chosen.device)
+        for row in part(*given):
+            rows.append(row | {"device": speed.device_name(chosen.device), "torch": torch.__version__})
+            ends = [row.get(key, math.nan) for key in ("ratio", "low", "high")]
+            print(f"{row['what']}, {row['setting']}, {row.get('reference', '')}: {Interval(*ends):.3g}", flush=True)
+    write_text(RESULTS / f"bench-{device}.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.4g"))
 
 
 if __name__ == "__main__":
-    threads = torch.get_num_threads()
-    config = LlamaConfig(vocab_size=576, hidden_size=576, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=9)
-    model, window = LlamaForCausalLM(config).eval(), torch.arange(256)[None]
-    at_once = seconds(lambda: scoring.measure(model, window, entropy.ESTIMATORS, (), ""), 3)
-    in_turn = seconds(lambda: one_after_another(model, window), 3)
-    print(f"5 estimators of the 17 states of 256 tokens x 576 dimensions, {threads} threads, median of 3")
-    print(f"  a state in each thread against one after another: {in_turn:.2f} s / {at_once:.2f} s = {in_turn / at_once:.1f}x")
-    torch.set_num_threads(1)
-    x = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(entropy.bucket(x), one_hot(x), rtol=1e-6)
-    print("256 tokens x 4096 dimensions, one thread, median of 7")
-    for title, plain, ours in (
-        ("bucket against one-hot", lambda: one_hot(x), lambda: entropy.bucket(x)),
-        ("knn against exact distances", lambda: brute_force(x), lambda: entropy.knn(x)),
-    ):
-        slow, fast = seconds(plain), seconds(ours)
-        print(f"  {title}: {1e3 * slow:.1f} ms / {1e3 * fast:.1f} ms = {slow / fast:.0f}x")
+    main()

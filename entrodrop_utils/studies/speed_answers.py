@@ -1,0 +1,231 @@
+"""What notebook 08 shows of the committed measurements of speed: tables, figures and sentences."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from jaxtyping import Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..claims import published_figures
+from ..evaluation import losses_by_set
+from ..figures import COLOURS, GREY, headed_panels, label_ends
+from ..paths import RESULTS
+from ..profile import slug
+from ..residual import SubBlock
+from ..statistics import interval_text, paired_difference
+from .speed import measured_setting
+
+LOOK = {"attention": (COLOURS["bucket"], "o"), "mlp": (COLOURS["knn"], "s"), "block": (COLOURS["gaussian"], "^")}
+PLURAL = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
+PHASES = {"decode": "decoding", "prefill": "reading the prompt"}
+GOAL = 0.95  # of the ideal speed-up
+SAVED = {"decode_speedup": "decoding, times as fast", "cache_saved": "KV cache saved (%)"}
+
+
+def speeds_of(model: PreTrainedModel, name: str, device: str, batch: int, tokens: int) -> tuple[pd.DataFrame, str]:
+    """The committed table of ``speed.bench``, or where there is none one setting measured now; and which of the two it is."""
+    path = RESULTS / slug(name) / f"speed-{device}.csv"
+    if path.exists():
+        return pd.read_csv(path), f"committed measurements: {path.name}"
+    return measured_setting(model, batch, tokens, rounds=2), "measured in this run, in two rounds: make bench measures more"
+
+
+def measured_models(device: str = "cpu") -> dict[str, pd.DataFrame]:
+    """Every model with a committed table of speeds on such a device."""
+    return {path.parent.name: pd.read_csv(path) for path in sorted(RESULTS.glob(f"*/speed-{device}.csv"))}
+
+
+def setting(table: pd.DataFrame, batch: int, tokens: int) -> pd.DataFrame:
+    """The rows of one batch size and prompt length."""
+    return table[(table.batch == batch) & (table.tokens == tokens)].reset_index(drop=True)
+
+
+def below_ideal(table: pd.DataFrame) -> pd.DataFrame:
+    """The variants whose speed-up is below the goal of the ideal by its whole interval: one row a phase and variant."""
+    rows = []
+    for phase in PHASES:
+        slow = table[(table.kind != "dense") & (table[f"{phase}_of_ideal_high"] < GOAL)]
+        rows += [
+            (phase, row.kind, row.n_dropped, row.batch, row.tokens, row[f"{phase}_of_ideal"], row[f"{phase}_of_ideal_high"])
+            for _, row in slow.iterrows()
+        ]
+    return pd.DataFrame(rows, columns=["phase", "kind", "n_dropped", "batch", "tokens", "of_ideal", "high"])
+
+
+def speed_figure(rows: pd.DataFrame, title: str) -> Figure:
+    """The speed-up of decoding and prefill against the number dropped, with intervals; dashed: the ideal of each kind."""
+    figure, axes = headed_panels(title, 2, 2.9, sharey=True)
+    for axis, (phase, name) in zip(axes, PHASES.items(), strict=True):
+        for kind, (colour, marker) in LOOK.items():
+            part = rows[rows.kind == kind]
+            estimate = part[f"{phase}_speedup"]
+            ends = (estimate - part[f"{phase}_speedup_low"], part[f"{phase}_speedup_high"] - estimate)
+            axis.plot(part.n_dropped, estimate, color=colour, marker=marker, markersize=4, label=PLURAL[kind])
+            axis.errorbar(part.n_dropped, estimate, ends, color=colour, fmt="none", elinewidth=1.2)
+            axis.plot(part.n_dropped, estimate / part[f"{phase}_of_ideal"], "--", color=colour, linewidth=0.9, label="_ideal")
+        axis.axhline(1, color=GREY, linewidth=0.8)
+        axis.set(title=name, xlabel="dropped of each kind")
+        axis.margins(x=0.05)
+    axes[0].set_ylabel("times as fast as the dense model")
+    label_ends(axes[1])
+    return figure
+
+
+def price_table(
+    model: PreTrainedModel, held_out: Int[Tensor, "window token"], orders: Mapping[str, Sequence[SubBlock]], rows: pd.DataFrame
+) -> pd.DataFrame:
+    """The loss increase of the sets whose speed was measured: the first so many sub-blocks of each order.
+
+    Args:
+        orders: kind -> its sub-blocks, first dropped first.
+        rows: one setting of the table of speeds.
+    Returns:
+        kind, n_dropped, increase (nats per token), low, high, decode_speedup, prefill_speedup, cache_saved, weights_saved.
+    """
+    dense = rows[rows.kind == "dense"].iloc[0]
+    shown = rows[rows.kind.isin(orders)].reset_index(drop=True)
+    sets = [tuple(sorted(orders[row.kind][: row.n_dropped])) for row in shown.itertuples()]
+    losses = losses_by_set(model, held_out, [(), *sets])
+    by_set = {name: group.sort_values("window").nll.to_numpy() for name, group in losses.groupby("set")}
+    increases = pd.DataFrame([paired_difference(by_set[name], by_set[()]) for name in sets], columns=["increase", "low", "high"])
+    prices = pd.concat([shown[["kind", "n_dropped"]], increases, shown[["decode_speedup", "prefill_speedup"]]], axis=1)
+    return prices.assign(
+        cache_saved=1 - shown.cache_bytes / dense.cache_bytes, weights_saved=1 - shown.weight_bytes / dense.weight_bytes
+    )
+
+
+def price_figure(prices: pd.DataFrame, title: str) -> Figure:
+    """The loss increase against the speed-up of decoding and against the share of the KV cache saved, a line per kind."""
+    figure, axes = headed_panels(title, 2, 2.9, sharey=True)
+    for axis, (column, name) in zip(axes, SAVED.items(), strict=True):
+        for kind, (colour, marker) in LOOK.items():
+            _price_line(axis, prices[prices.kind == kind], column, colour, marker, PLURAL[kind])
+        axis.set(xlabel=name)
+    axes[0].set_ylabel("loss increase (nats per token)")
+    axes[0].legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def _price_line(axis: Axes, rows: pd.DataFrame, column: str, colour: str, marker: str, label: str) -> None:
+    x = 100 * rows[column] if column.endswith("saved") else rows[column]
+    ends = (rows.increase - rows.low, rows.high - rows.increase)
+    axis.plot(x, rows.increase, color=colour, marker=marker, markersize=4, label=label)
+    axis.errorbar(x, rows.increase, ends, color=colour, fmt="none", elinewidth=1)
+
+
+def price_title(prices: pd.DataFrame) -> str:
+    """Which kind costs least per measured speed: the loss increase of each kind at the smallest speed-up that all kinds reach."""
+    reached = min(rows.decode_speedup.max() for _, rows in prices.groupby("kind"))
+    cheapest = {kind: rows[rows.decode_speedup >= reached].increase.min() for kind, rows in prices.groupby("kind", sort=False)}
+    ranked = sorted(cheapest, key=cheapest.get)
+    costs = ", ".join(f"{PLURAL[kind]} {cheapest[kind]:.1f}" for kind in ranked)
+    return f"For decoding {reached:.2f} times as fast, the loss rises by (nats): {costs}"
+
+
+def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Weights and KV cache of every variant of one setting, in MB (millions of bytes) and as shares of the dense model's."""
+    dense = rows[rows.kind == "dense"].iloc[0]
+    names = ["dense" if row.kind == "dense" else f"{row.n_dropped} {PLURAL[row.kind]} less" for row in rows.itertuples()]
+    return pd.DataFrame(
+        {
+            "variant": names,
+            "weights (MB)": (rows.weight_bytes / 1e6).round().astype(int),
+            "of dense": [f"{value:.1%}" for value in rows.weight_bytes / dense.weight_bytes],
+            "KV cache (MB)": (rows.cache_bytes / 1e6).round(1),
+            "of dense KV": [f"{value:.1%}" for value in rows.cache_bytes / dense.cache_bytes],
+        }
+    ).set_index("variant")
+
+
+def settings_table(table: pd.DataFrame, n_dropped: int, kind: str = "attention") -> pd.DataFrame:
+    """The speed-up of one variant at every batch size and prompt length, and its share of the ideal."""
+    rows = table[(table.kind == kind) & (table.n_dropped == n_dropped)]
+    shown = {"batch": rows.batch, "prompt tokens": rows.tokens}
+    for phase in PHASES:
+        for name, column in (("speed-up", "speedup"), ("of ideal", "of_ideal")):
+            columns = [f"{phase}_{column}{end}" for end in ("", "_low", "_high")]
+            shown[f"{phase} {name}"] = interval_text(rows, columns)
+    return pd.DataFrame(shown).set_index(["batch", "prompt tokens"])
+
+
+def published_speed() -> pd.DataFrame:
+    """What others report: model, method, dropped, and the speed-up in per cent."""
+    rows = published_figures("others")
+    return rows[rows.metric.str.contains("speed")].drop(columns=["metric"]).rename(columns={"value": "speed-up (%)"})
+
+
+def bench_table(table: pd.DataFrame, rows: str = "") -> pd.DataFrame:
+    """The ratios of ``make bench`` whose name contains a word, with intervals."""
+    part = table[table.what.str.contains(rows) & table.reference.notna()]
+    return pd.DataFrame(
+        {
+            "what": part.what,
+            "setting": part.setting,
+            "against": part.reference,
+            "ms": part.ms.map("{:.3g}".format),
+            "times as fast": interval_text(part, ["ratio", "low", "high"], ".3g"),
+        }
+    )
+
+
+def committed_bench(device: str = "cpu") -> pd.DataFrame:
+    """The committed table of ``make bench``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = RESULTS / f"bench-{device}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"nothing is measured on {device}: run make bench DEVICE={device} first")
+    return pd.read_csv(path)
+
+
+def growth_lines(table: pd.DataFrame) -> list[str]:
+    """How the time and memory of estimators and scores grow, a line each; the slope is 1 where time is proportional."""
+    slopes = table[table.setting.str.startswith("slope")]
+    texts = interval_text(slopes, ["ratio", "low", "high"])
+    lines = [f"{row.what}, {row.setting}: {text}" for row, text in zip(slopes.itertuples(), texts, strict=True)]
+    memory = table[table.setting.str.startswith("memory")]
+    return lines + [f"{row.what}, {row.setting}: {row.reference_mib:.0f} and {row.mib:.0f}" for row in memory.itertuples()]
+
+
+def models_table(device: str = "cpu", batch: int = 1) -> pd.DataFrame:
+    """Decoding without half of each kind, at the longest prompt that was measured, for every model with a committed table."""
+    rows = []
+    for model, table in measured_models(device).items():
+        longest = setting(table, batch, table[table.batch == batch].tokens.max())
+        for kind in LOOK:
+            row = longest[longest.kind == kind].iloc[-1]
+            dense = longest[longest.kind == "dense"].iloc[0]
+            rows.append((model, f"{row.n_dropped} {PLURAL[kind]}", row.tokens, 1 / dense.decode_seconds, 1 / row.decode_seconds))
+            rows[-1] += tuple(row[f"decode_speedup{end}"] for end in ("", "_low", "_high"))
+    columns = ["model", "less", "prompt tokens", "dense tokens/s", "tokens/s", "estimate", "low", "high"]
+    shown = pd.DataFrame(rows, columns=columns)
+    shown["times as fast"] = interval_text(shown, ["estimate", "low", "high"])
+    return shown.drop(columns=["estimate", "low", "high"]).round(1).set_index(["model", "less"])
+
+
+def speed_title(rows: pd.DataFrame) -> str:
+    """The speed-up of decoding without most of each kind, as a sentence."""
+    parts = []
+    for kind in LOOK:
+        row = rows[rows.kind == kind].iloc[-1]
+        parts.append(f"{row.n_dropped} {PLURAL[kind]} {row.decode_speedup:.2f}")
+    return f"Decoding without {parts[0]}, {parts[1]} and {parts[2]} times as fast"
+
+
+def speed_sentences(rows: pd.DataFrame, prices: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
+    """What the run says beside its finding."""
+    reached = {phase: measured[measured.kind != "dense"][f"{phase}_of_ideal"] for phase in PHASES}
+    ideal = " and ".join(f"{values.median():.0%} ({PHASES[phase]})" for phase, values in reached.items())
+    largest = prices.loc[prices.decode_speedup.idxmax()]
+    return [
+        f"Median share of the ideal speed-up over all settings: {ideal}.",
+        f"{price_title(prices)}.",
+        f"Fastest: {largest.n_dropped} {PLURAL[largest.kind]} less, {largest.decode_speedup:.2f} times as fast, for "
+        f"{largest.increase:.1f} nats [{largest.low:.1f}, {largest.high:.1f}] without repair.",
+        f"Measured on {rows.device.iloc[0]}, {rows.dtype.iloc[0]}, {rows.rounds.iloc[0]} rounds.",
+    ]
