@@ -22,7 +22,7 @@ def main(folder: str, ids: str, steps: str, answer: str) -> None:
     while len(continuation) < int(steps):
         last = model(mx.array([continuation[-1:]]), cache=cache).astype(mx.float32)
         continuation.append(int(np.array(last)[0, -1].argmax()))
-    parts = [part for layer in cache for part in (layer.keys, layer.values)]
+    parts = [part for layer in cache if layer.keys is not None for part in (layer.keys, layer.values)]  # a linear layer keeps none
     kv_bytes = sum(part.nbytes / part.shape[2] for part in parts)
     np.savez(answer, logits=logits, cached=cached, continuation=continuation, kv_bytes_per_token=kv_bytes)
 
