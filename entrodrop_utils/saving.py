@@ -1,5 +1,6 @@
 """Pruned models for good: remove sub-blocks, save the smaller model and load it again."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -93,6 +94,21 @@ def missing_branches(record: dict) -> list[SubBlock]:
     return [SubBlock(place[layer], kind) for layer, kind in record["dropped"] if kind != "block" and layer in place]
 
 
+def repeat_rope_settings(folder: Path) -> None:
+    """Write the base and scaling of rotary positions into a config.json under their names before transformers 5, too.
+
+    mlx-lm knows no others: where they are missing it takes its default base. transformers 5 reads the same config from both.
+    """
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(settings.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # one base for all layers
+        settings["rope_theta"] = rope.pop("rope_theta")
+        if rope.get("rope_type", "default") != "default":
+            settings["rope_scaling"] = rope
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def save_pruned(model: PreTrainedModel, path: str | Path, tokenizer=None, card: Card | Mapping[str, object] | None = None) -> Path:
     """Write a pruned model to a folder: safetensors, config with the record, model card, and the tokenizer if given.
 
@@ -116,6 +132,8 @@ def save_pruned(model: PreTrainedModel, path: str | Path, tokenizer=None, card: 
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         model.save_pretrained(unfinished)
+        if not any(map(is_bypass, model.modules())):  # a plain checkpoint, which other programs read
+            repeat_rope_settings(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(render_card(model, card, tokenizer is not None), encoding="utf-8")

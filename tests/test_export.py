@@ -28,8 +28,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -42,7 +40,6 @@ from entrodrop_utils.export import ExportMismatch, check_file, check_folder, ggu
 from entrodrop_utils.export.__main__ import main
 from entrodrop_utils.export.branches import Branch, branches, pack
 from entrodrop_utils.families.decoder import UnsupportedModel
-from entrodrop_utils.paths import PACKAGE
 
 
 def attention(*layers: int) -> list[SubBlock]:
@@ -357,50 +354,3 @@ def test_a_tokenizer_of_another_model_is_refused(model, tmp_path):
             gguf(model, tmp_path / "x.gguf", vocabulary)
     assert not (tmp_path / "x.gguf").exists()
     assert [b.kind for b in branches(tiny_llama(2))] == ["attention", "mlp"] * 2
-
-
-KINDS = {
-    "whole blocks": (blocks(5), None),
-    "attention layers": (attention(2, 5), None),
-    "attention of layer 0": (attention(0), None),
-    "MLPs": (mlps(0, 3), None),
-    "constant repair": (attention(2) + mlps(3), "bias"),
-    "linear repair": (attention(2), "weight"),
-}
-
-
-def how_it_is_written(write, model, drop_set, repaired: str | None, path) -> str:
-    dim = model.config.hidden_size
-    maps = {"bias": torch.ones(dim)} | ({"weight": torch.eye(dim)} if repaired == "weight" else {})
-    with dropped(model, drop_set, Repair({s: maps for s in drop_set}) if repaired else None) as smaller:
-        for zeros in (False, True) if write is not mlx else (False,):
-            try:
-                write(smaller, path, **({"zeros": True} if zeros else {}))
-            except UnsupportedModel:
-                continue
-            finally:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            return "zeros" if zeros else "yes"
-    return "no"
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:branches of zeros")
-def test_the_readme_says_what_is_written(tmp_path):
-    wide = {"head_dim": 32}
-    gemma = Gemma3TextConfig(**SHAPE, **wide, query_pre_attn_scalar=32, sliding_window=16)
-    families = {
-        "Llama": LlamaForCausalLM(LlamaConfig(**SHAPE)),
-        "Mistral": MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
-        "Qwen 2": Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-        "Qwen 3": Qwen3ForCausalLM(Qwen3Config(**SHAPE, **wide)),
-        "Gemma 3": Gemma3ForCausalLM(gemma),
-        "others": GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=64, n_head=2, vocab_size=101)),
-    }
-    lines = [f"| target | drop | {' | '.join(families)} |", "|---|---|" + "---|" * len(families)]
-    for target, write in {"llama.cpp": gguf, "vLLM": vllm, "mlx-lm": mlx}.items():
-        for kind, (drop_set, repaired) in KINDS.items():
-            cells = [how_it_is_written(write, m.eval(), drop_set, repaired, tmp_path / "x") for m in families.values()]
-            lines.append(f"| {target} | {kind} | {' | '.join(cells)} |")
-    readme = (PACKAGE / "export" / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(lines) in readme, "the table in the README of export should be\n" + "\n".join(lines)

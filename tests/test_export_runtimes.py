@@ -3,8 +3,6 @@
 ``make test-export`` gets the programs; a test is skipped, with the reason, where one is missing.
 """
 
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,8 @@ from transformers import (
 )
 
 from entrodrop_utils import SubBlock, dropped
-from entrodrop_utils.export import gguf, llama_cpp, mlx, vllm
+from entrodrop_utils.export import gguf, llama_cpp, mlx, other_programs, vllm
 from entrodrop_utils.models.sources import folder, is_local
-from entrodrop_utils.paths import ROOT
 from entrodrop_utils.repairing import repair
 
 SHAPE = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -173,16 +170,11 @@ def test_the_default_model_in_llama_cpp(llama, tmp_path, smollm2):
             assert runtime.greedy(ids.tolist(), 12) == expected
 
 
-def in_other_environment(script: str, folder: Path, ids: torch.Tensor, needs: str) -> np.ndarray:
-    """What a program says of a folder, from the environment that ``make test-export`` makes for programs with pins of their own."""
-    python = ROOT / ".venv-export" / "bin" / "python"
-    if not python.exists() or subprocess.run([python, "-c", f"import {needs}"], capture_output=True).returncode:
-        pytest.skip(f"{needs} is not in .venv-export: make test-export")
-    np.save(folder.parent / "ids.npy", ids.numpy())
-    run = [python, Path(__file__).with_name(script), folder, folder.parent / "ids.npy", folder.parent / "logits.npy"]
-    done = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return np.load(folder.parent / "logits.npy")
+def answer_of(program: str, folder: Path, ids: torch.Tensor, steps: int = 1) -> other_programs.Answer:
+    try:
+        return other_programs.ask(program, folder, ids[0].tolist(), steps)
+    except llama_cpp.RuntimeUnavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.slow
@@ -191,24 +183,24 @@ def test_the_default_model_in_mlx(tmp_path, smollm2):
     ids = torch.tensor([2 * tokenizer(TEXT).input_ids])
     with dropped(model, [*GONE, SubBlock(0, "attention")]) as smaller:
         folder = mlx(smaller, tmp_path / "m", tokenizer).path
-        for way in in_other_environment("run_mlx.py", folder, ids, "mlx_lm"):
+        answer = answer_of("mlx", folder, ids)
+        for way in (answer.logits, answer.cached):
             np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-2, atol=1e-2)
 
 
-def picked(logits: np.ndarray, ids: torch.Tensor) -> np.ndarray:
-    """The log-probability of each token after the first."""
-    scores = torch.log_softmax(torch.from_numpy(logits[:-1]).double(), -1)
-    return scores.gather(1, ids[0, 1:, None])[:, 0].numpy()
-
-
 @pytest.mark.slow
-def test_the_default_model_in_vllm(tmp_path, smollm2):
+@pytest.mark.parametrize("gone", [GONE, [*GONE, SubBlock(0, "attention")]], ids=["mixed", "mixed, attention 0"])
+def test_the_default_model_in_vllm(tmp_path, smollm2, gone):
     model, tokenizer = smollm2
     ids = torch.tensor([tokenizer(TEXT).input_ids])
-    with dropped(model, GONE) as smaller:
-        folder = vllm(smaller, tmp_path / "m", tokenizer).path
-        found = in_other_environment("run_vllm.py", folder, ids, "vllm")
-        np.testing.assert_allclose(found, picked(reference(smaller, ids), ids), rtol=1e-2, atol=1e-2)
+    with dropped(model, gone) as smaller:
+        exported = vllm(smaller, tmp_path / "m", tokenizer, zeros=True)
+        answer = answer_of("vllm", exported.path, ids, 12)
+        np.testing.assert_allclose(answer.logits, reference(smaller, ids), rtol=1e-2, atol=1e-2)
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert answer.continuation == smaller.generate(ids, max_new_tokens=12, **options)[0, ids.shape[1] :].tolist()
+        # at 32 bits; blocks of the cache are whole
+        assert answer.kv_bytes_per_token == pytest.approx(2 * exported.kv_bytes_per_token, rel=0.01)
 
 
 @pytest.mark.slow
@@ -221,10 +213,11 @@ def test_mlx_computes_the_same(tmp_path, ids, name, how):
     model = tiny_llama()
     text = torch.randint(0, 101, (8, 48), generator=torch.Generator().manual_seed(2))
     with dropped(model, gone, repair(model, gone, text, how) if how else None) as smaller:
-        folder = mlx(smaller, tmp_path / "m").path
-        logits = in_other_environment("run_mlx.py", folder, ids, "mlx_lm")
-        for way in logits:  # at once, and with the cache
+        folder = mlx(smaller, tmp_path / "m")
+        answer = answer_of("mlx", folder.path, ids)
+        for way in (answer.logits, answer.cached):
             np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-4, atol=1e-4)
+        assert answer.kv_bytes_per_token == 2 * folder.kv_bytes_per_token
 
 
 @pytest.mark.slow
@@ -236,19 +229,19 @@ def test_mlx_computes_the_same_for_every_family(tmp_path, ids, family):
             weight.mul_(3) if weight.ndim > 1 else weight.add_(0.2 * torch.randn_like(weight))
     with dropped(model, drop_set("b2" if family == "qwen3" else "a1 m3 a0 m5")) as smaller:
         folder = mlx(smaller, tmp_path / "m").path
-        for way in in_other_environment("run_mlx.py", folder, ids, "mlx_lm"):
+        answer = answer_of("mlx", folder, ids)
+        for way in (answer.logits, answer.cached):
             np.testing.assert_allclose(way, reference(smaller, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention", "attention of layer 0", "MLPs", "blocks", "last attention", "last MLP"])
+@pytest.mark.parametrize("name", ["attention", "attention of layer 0", "MLPs", "blocks", "mixed", "last attention", "last MLP"])
 def test_vllm_computes_the_same(tmp_path, ids, name):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**(SHAPE | {"head_dim": 64}))).eval()
     with dropped(model, drop_set(SETS[name])) as smaller:
-        folder = vllm(smaller, tmp_path / "m", zeros=True).path
-        found = in_other_environment("run_vllm.py", folder, ids, "vllm")
-        np.testing.assert_allclose(found, picked(reference(smaller, ids), ids), rtol=1e-3, atol=1e-3)
+        answer = answer_of("vllm", vllm(smaller, tmp_path / "m", zeros=True).path, ids)
+        np.testing.assert_allclose(answer.logits, reference(smaller, ids), rtol=1e-3, atol=1e-3)
 
 
 def test_a_runtime_that_is_missing_says_what_to_install(monkeypatch, tmp_path):

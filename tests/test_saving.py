@@ -262,6 +262,24 @@ def test_the_suite_drops_more_from_a_model_that_transformers_loaded(pruned):
     assert torch.equal(output(again, ids()), output(model, ids()))
 
 
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 3e5}, LLAMA_3], ids=lambda rope: rope["rope_type"])
+def test_a_plain_folder_names_its_rotary_base_as_programs_of_transformers_4_read_it(tmp_path, rope):
+    extra = {"original_max_position_embeddings": 32} if rope is LLAMA_3 else {}
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope | extra)).eval()
+    folder = saving.save_pruned(saving.remove(model, [BLOCK(1)]), tmp_path / "plain")
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["rope_theta"] == rope["rope_theta"]
+    assert settings.get("rope_scaling", {}).get("factor") == rope.get("factor")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.rope_parameters == model.config.rope_parameters
+    assert not hasattr(loaded.config, "rope_theta")
+    assert torch.equal(output(loaded, ids()), output(model, ids()))
+
+
 def test_load_model_takes_a_folder_of_whole_blocks_dropped(tmp_path):
     model = saving.remove(tiny("Llama"), [BLOCK(1)])
     folder = saving.save_pruned(model, tmp_path / "blocks", word_tokenizer())

@@ -22,10 +22,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..families.decoder import UnsupportedModel, decoder_layers
 from ..residual import SubBlock, find
+from ..saving import repeat_rope_settings
 from .branches import Branch, PackedLayer, branches, check_exportable, head_width, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 
@@ -94,9 +95,6 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
     def build(unfinished: Path) -> None:
         if plain:
             model.save_pretrained(unfinished)
-            file = unfinished / "config.json"
-            settings = json.loads(file.read_text(encoding="utf-8")) | (_rope(config) if target == "mlx-lm" else {})
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         else:
             unfinished.mkdir()
             save_torch_state_dict(_state(model, layers), unfinished, max_shard_size="5GB")
@@ -107,6 +105,7 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(unfinished)
             check_folder(unfinished, model)
+        repeat_rope_settings(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
 
@@ -234,13 +233,6 @@ def _padded(name: str, weight: Tensor, width: int) -> Tensor:
     return torch.cat([weight.detach(), weight.new_zeros(shape)], axis)
 
 
-def _rope(config: PreTrainedConfig) -> dict[str, object]:
-    """The base and scaling of rotary positions under their older names: mlx-lm takes 10,000 where it finds none of these."""
-    rope = dict(config.rope_parameters or {})
-    theta = rope.pop("rope_theta", None)
-    return {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None}
-
-
 def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str) -> dict[str, object]:
     """The config.json."""
     config = model.config.get_text_config(decoder=True)
@@ -272,7 +264,6 @@ def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str
         "attention_bias": attention_bias,
         "mlp_bias": mlp_bias,
         "rope_parameters": config.rope_parameters,
-        **_rope(config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "block_configs": blocks,
     }

@@ -1,47 +1,59 @@
 """Pruned models in the programs that serve them: do they compute the same, with a smaller cache, and faster?
 
-``python -m entrodrop_utils.studies.export_proof NAME`` writes ``data/results/NAME/export.csv``; it needs the wheel ``xllamacpp``.
-A row that is there from the same export and wheel is kept, so a stopped run continues.
+``python -m entrodrop_utils.studies.export_proof NAME`` writes ``data/results/NAME/export.csv`` with the programs that are here
+(``make test-export`` gets them). A row that is there from the same program and version is kept, so a stopped run continues.
 """
 
 import argparse
+import contextlib
 import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import gguf as library
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from gguf import GGMLQuantizationType
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..dropping import Repair, dropped
-from ..export import gguf
-from ..export.llama_cpp import WHEEL, LlamaCpp, load
+from ..cached_scoring import cached_score
+from ..dropping import dropped
+from ..export import gguf, mlx, vllm
+from ..export.llama_cpp import RuntimeUnavailable, llama_cpp_version, load
+from ..export.other_programs import ask, program_version
+from ..families.decoder import UnsupportedModel
 from ..files import write_text
 from ..models import load_model
 from ..paths import RESULTS
 from ..progress import progress
 from ..repairing import repair
 from ..residual import SubBlock, find
-from ..scoring import score
 from ..selection import one_shot
+from ..statistics import CONFIDENCE, mean_interval
 from ..text import windows
 
 CONTEXT, PROMPT, CONTINUATION = 2048, 64, 32
-ROUNDS, STEPS = 4, 12  # of the comparison of speeds; the first round warms up
-SPEED_TYPE = "q8_0"  # what is served; speeds of the others are not measured
+ROUNDS, STEPS = 9, 12  # of the comparison of speeds; the first round warms up
+PROGRAMS = ("llama.cpp f32", "llama.cpp q8_0", "mlx-lm f32", "vLLM f32")
+COLUMNS = ["drop", "sub_blocks", "program", "type", "max_difference", "same_top", "kl", "kl_low", "kl_high", "same_tokens"]
+COLUMNS += [f"{part}_difference" for part in ("weights", "arithmetic", "simulated", "f32")] + ["bytes", "architecture", "kv_bytes"]
+COLUMNS += [f"{file}{what}_tps" for what in ("prompt", "generation") for file in ("dense_", "")]
+COLUMNS += [f"{what}_speedup{end}" for what in ("prompt", "generation") for end in ("", "_low", "_high")] + ["note", "environment"]
+FOLDERS = {"mlx-lm": ("mlx", mlx), "vLLM": ("vllm", vllm)}
 
 
 def sets_to_prove(model: PreTrainedModel, calibration: Int[Tensor, "sequence token"]) -> dict[str, list[SubBlock]]:
     """The sets that are tried: of each kind those that cosine ranks first, and the first and the last layer alone."""
     last = len(find(model, "block")) - 1
-    scores = score(model, calibration, ["cosine"])
+    scores = cached_score(model, calibration, ["cosine"])
     ranked = {kind: one_shot(scores, "cosine", kind) for kind in ("attention", "mlp", "block")}
     eleven = ranked["attention"][: round(11 / 30 * (last + 1))]
     block = ranked["block"][0]
@@ -58,31 +70,100 @@ def sets_to_prove(model: PreTrainedModel, calibration: Int[Tensor, "sequence tok
     }
 
 
-def compare(model: PreTrainedModel, runtime: LlamaCpp, ids: Int[Tensor, " token"]) -> dict[str, float]:
-    """A model in transformers and llama.cpp: logits after each token, and the greedy continuation.
+def logits_of(model: PreTrainedModel, ids: Int[Tensor, " token"]) -> Float[np.ndarray, "token vocabulary"]:
+    """After each token, in transformers."""
+    with torch.no_grad():
+        return model(ids[None]).logits[0].float().numpy()
+
+
+def compare(
+    model: PreTrainedModel, ids: Int[Tensor, " token"], logits: Float[np.ndarray, "token vocabulary"], continuation: Sequence[int]
+) -> dict[str, float]:
+    """What a program computes of a prompt against transformers.
 
     Returns:
-        max_difference of the logits, same_top (share of positions with the same likeliest token), same_tokens (of the greedy
-        continuation, before the first that differs).
+        max_difference of the logits; same_top, the share of positions with the same likeliest token; kl, the mean over positions of
+        KL(transformers || program) in nats, with its interval; same_tokens of the greedy continuation, before the first that
+        differs.
     """
-    with torch.no_grad():
-        reference = model(ids[None]).logits[0].float().numpy()
-        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids[None])}
-        expected = model.generate(ids[None], max_new_tokens=CONTINUATION, **options)[0, len(ids) :].tolist()
-    logits, continuation = runtime.decode(ids.tolist()), runtime.greedy(ids.tolist(), CONTINUATION)
-    equal = [a == b for a, b in zip(continuation, expected, strict=True)]
+    reference = logits_of(model, torch.cat([ids, ids.new_tensor(list(continuation)[:-1])]))
+    # up to the first difference, the greedy continuation in transformers is the likeliest token after each of these
+    equal = reference[len(ids) - 1 :].argmax(-1) == continuation
+    reference = reference[: len(ids)]
+    p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (reference, logits))
+    kl = mean_interval((p.exp() * (p - q)).sum(-1).numpy())
     return {
         "max_difference": float(np.abs(logits - reference).max()),
         "same_top": float((logits.argmax(-1) == reference.argmax(-1)).mean()),
-        "same_tokens": equal.index(False) if False in equal else len(equal),
+        "kl": kl.estimate,
+        "kl_low": kl.low,
+        "kl_high": kl.high,
+        "same_tokens": len(equal) if equal.all() else int(equal.argmin()),
     }
+
+
+def as_q8_0(values: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+    """Values as q8_0 holds them: blocks of 32 as integers of 8 bits and a scale of 16. Other rows stay as they are."""
+    if values.shape[-1] % 32:
+        return values
+    rows = np.ascontiguousarray(values.detach().float().numpy())
+    kind = GGMLQuantizationType.Q8_0
+    return torch.from_numpy(library.dequantize(library.quantize(rows, kind), kind))
+
+
+@contextlib.contextmanager
+def rounded_matrices(model: PreTrainedModel) -> Iterator[None]:
+    """All matrices as ``as_q8_0`` has them, until the context closes."""
+    own = {p: p.data for p in model.parameters() if p.ndim == 2}
+    try:
+        for p in own:
+            p.data = as_q8_0(p.data)
+        yield
+    finally:
+        for p, values in own.items():
+            p.data = values
+
+
+@contextlib.contextmanager
+def rounded_inputs(model: PreTrainedModel) -> Iterator[None]:
+    """The inputs of all linear layers as ``as_q8_0`` has them: llama.cpp multiplies q8_0 matrices by vectors of q8_0."""
+    linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    handles = [part.register_forward_pre_hook(lambda _, inputs: (as_q8_0(inputs[0]), *inputs[1:])) for part in linear]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def parts_of_difference(
+    model: PreTrainedModel, ids: Int[Tensor, " token"], logits: Float[np.ndarray, "token vocabulary"], path: Path
+) -> dict[str, float]:
+    """Where the difference of a q8_0 file comes from, as largest differences of logits; ``path`` is overwritten.
+
+    Returns:
+        weights_difference: transformers with the file's weights against its own. arithmetic_difference: llama.cpp against
+        transformers with the file's weights. simulated_difference: transformers against itself with these weights, when the inputs
+        of its linear layers have 8 bits. f32_difference: llama.cpp's f32 file of these weights against transformers with them.
+    """
+    own = logits_of(model, ids)
+    with rounded_matrices(model):
+        weights = logits_of(model, ids)
+        with rounded_inputs(model):
+            simulated = logits_of(model, ids)
+        gguf(model, path, dtype="f32", overwrite=True)
+        with load(path) as runtime:
+            exact = runtime.decode(ids.tolist())
+    pairs = {"weights": (weights, own), "arithmetic": (logits, weights)}
+    pairs |= {"simulated": (simulated, weights), "f32": (exact, weights)}
+    return {f"{name}_difference": float(np.abs(a - b).max()) for name, (a, b) in pairs.items()}
 
 
 def speed(dense: Path, pruned: Path, ids: Sequence[int]) -> dict[str, float]:
     """Tokens per second of two files, measured in turns on one thread: medians, and the median of the ratios of a turn.
 
     Returns:
-        tokens per second of reading the prompt and of generation, of both files, and the speedups.
+        tokens per second of reading the prompt and of generation, of both files, and the speedups with their intervals.
     """
     measured: dict[str, float] = {}
     with load(dense, CONTEXT, kv_type="f16") as whole, load(pruned, CONTEXT, kv_type="f16") as smaller:
@@ -90,67 +171,126 @@ def speed(dense: Path, pruned: Path, ids: Sequence[int]) -> dict[str, float]:
     for place, name in enumerate(("prompt", "generation")):
         measured[f"dense_{name}_tps"] = statistics.median(a[place] for a, _ in runs)
         measured[f"{name}_tps"] = statistics.median(b[place] for _, b in runs)
-        measured[f"{name}_speedup"] = statistics.median(b[place] / a[place] for a, b in runs)
+        ratios = [b[place] / a[place] for a, b in runs]
+        low, high = stats.quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
+        measured |= {f"{name}_speedup": statistics.median(ratios), f"{name}_speedup_low": low, f"{name}_speedup_high": high}
     return measured
 
 
-def environment() -> str:
-    """Where the numbers were measured."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine()
-    )
-    return f"{WHEEL} {version(WHEEL)}, {cpu}, 1 thread, transformers {version('transformers')}"
+def environment(program: str) -> str:
+    """Where the numbers of a program were measured.
+
+    Raises:
+        RuntimeUnavailable: it is not installed.
+    """
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    here = llama_cpp_version() if program == "llama.cpp" else program_version(FOLDERS[program][0])
+    return f"{here}, {cpu}, 1 thread, transformers {version('transformers')}"
 
 
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text().splitlines() if file.exists() else []
+class Proof:
+    """A model's exports in the programs, one row for each drop set and program."""
+
+    def __init__(self, name: str, folder: Path, details: bool = True):
+        self.model, self.tokenizer = load_model(name, device="cpu")
+        self.folder, self.details = folder, details
+        self.calibration = windows("docs", "calibration", self.tokenizer, 8, 128)
+        self.ids = windows("docs", "evaluation", self.tokenizer, 1, PROMPT)[0]
+
+    def sets(self) -> dict[str, tuple[list[SubBlock], str | None]]:
+        """The sets to prove, and how they are repaired."""
+        sets = sets_to_prove(self.model, self.calibration)
+        some = [s for s in next(s for n, s in sets.items() if n.startswith("1 block")) if s.kind != "block"]
+        repaired = {f"4 attention layers, 2 MLPs, {how} repair": (some, how) for how in ("constant", "linear")}
+        return {label: (drop_set, None) for label, drop_set in sets.items()} | repaired
+
+    def rows(self, drop_set: list[SubBlock], how: str | None, programs: Iterable[str]) -> Iterator[dict[str, object]]:
+        """The row of each program."""
+        if self.details and "llama.cpp q8_0" in programs and (whole := self.folder / "dense.gguf") and not whole.exists():
+            gguf(self.model, whole, self.tokenizer, "q8_0")
+        fitted = repair(self.model, drop_set, self.calibration, how) if how else None
+        with dropped(self.model, drop_set, fitted):
+            for program in programs:
+                runtime, kind = program.split()
+                row = self._in_llama_cpp(kind, drop_set, how) if runtime == "llama.cpp" else self._in(runtime)
+                yield {"program": runtime, "type": kind} | row | {"environment": environment(runtime)}
+
+    def _in_llama_cpp(self, kind: str, drop_set: list[SubBlock], how: str | None) -> dict[str, object]:
+        path, ids = self.folder / "pruned.gguf", self.ids.tolist()
+        exported = gguf(self.model, path, self.tokenizer, kind, overwrite=True)
+        with load(path) as runtime:
+            logits, continuation = runtime.decode(ids), runtime.greedy(ids, CONTINUATION)
+        row: dict[str, object] = compare(self.model, self.ids, logits, continuation)
+        if self.details and kind == "q8_0" and how != "linear":  # whose repair is no linear layer
+            row |= parts_of_difference(self.model, self.ids, logits, self.folder / "rounded.gguf")
+        with load(path, CONTEXT, kv_type="f16") as runtime:  # llama.cpp's own default
+            row |= {"bytes": exported.nbytes, "architecture": exported.architecture, "kv_bytes": runtime.kv_bytes}
+        if self.details and kind == "q8_0" and len(drop_set) != 1:  # one sub-block of many is within the noise
+            row |= speed(self.folder / "dense.gguf", path, ids)
+        return row
+
+    def _in(self, runtime: str) -> dict[str, object]:
+        program, write = FOLDERS[runtime]
+        row: dict[str, object] = {}
+        with tempfile.TemporaryDirectory(dir=self.folder) as there:
+            folder = Path(there) / "exported"
+            for options in ({}, {"zeros": True}) if program == "vllm" else ({},):
+                try:
+                    exported = write(self.model, folder, self.tokenizer, **options)
+                except UnsupportedModel as error:
+                    row["note"] = f"refused: {error}"
+                else:
+                    break
+            else:
+                return row
+            if options:
+                row["note"] += "; measured with zeros=True"
+            answer = ask(program, folder, self.ids.tolist(), CONTINUATION)
+        row |= compare(self.model, self.ids, answer.logits, answer.continuation)
+        row |= {"bytes": exported.nbytes, "architecture": exported.architecture}
+        return row | {"kv_bytes": round(CONTEXT * answer.kv_bytes_per_token)}
 
 
-def prove(name: str, types: Iterable[str] = (SPEED_TYPE, "f32"), results: Path | None = None) -> pd.DataFrame:
-    """Every drop set of a model as a GGUF file in llama.cpp, against transformers in float32; written after every row."""
+def prove(name: str, programs: Iterable[str] = PROGRAMS, details: bool = True, results: Path | None = None) -> pd.DataFrame:
+    """Every drop set of a model in every program that is here, against transformers in float32; written after every row.
+
+    Args:
+        details: of q8_0, the parts of its difference and the speed, which take longest.
+    """
     results = results or RESULTS / name / "export.csv"
-    rows = pd.read_csv(results).to_dict("records") if results.exists() else []
-    rows = [row for row in rows if row["environment"] == environment()]
-    done = {(row["drop"], row["type"]) for row in rows}
-    model, tokenizer = load_model(name, device="cpu")
-    calibration = windows("docs", "calibration", tokenizer, 8, 128)
-    ids = windows("docs", "evaluation", tokenizer, 1, PROMPT)[0]
-    sets: dict[str, tuple[list[SubBlock], Repair | None]] = {n: (s, None) for n, s in sets_to_prove(model, calibration).items()}
-    some = [s for s in next(s for n, (s, _) in sets.items() if n.startswith("1 block")) if s.kind != "block"]
-    for how in ("constant", "linear"):
-        sets[f"4 attention layers, 2 MLPs, {how} repair"] = (some, how)
+    table = pd.read_csv(results) if results.exists() else pd.DataFrame()
+    rows = [{key: value for key, value in row.items() if not pd.isna(value)} for row in table.to_dict("records")]
+    here: dict[str, str] = {}
+    for program in programs:
+        try:
+            here[program] = environment(program.split()[0])
+        except RuntimeUnavailable as error:
+            print(f"{program} is left out: {error}", file=sys.stderr)
+    rows = [row for row in rows if row["environment"] == here.get(f"{row['program']} {row['type']}", row["environment"])]
+    done = {(row["drop"], f"{row['program']} {row['type']}") for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in types:
-            whole = Path(folder) / f"dense-{kind}.gguf"
-            for label, (drop_set, how) in progress(sets.items(), f"{name} as {kind} in llama.cpp", total=len(sets)):
-                if (label, kind) in done:
-                    continue
-                if not whole.exists():
-                    gguf(model, whole, tokenizer, kind)
-                fitted = repair(model, drop_set, calibration, how) if how else None
-                path = whole if label == "dense" else Path(folder) / "pruned.gguf"
-                with dropped(model, drop_set, fitted):
-                    exported = gguf(model, path, tokenizer, kind, overwrite=True)
-                    with load(path) as runtime:
-                        row = compare(model, runtime, ids)
-                with load(path, CONTEXT, kv_type="f16") as runtime:  # llama.cpp's own default
-                    row |= {"bytes": exported.nbytes, "architecture": exported.architecture, "kv_bytes": runtime.kv_bytes}
-                row |= speed(whole, path, ids.tolist()) if kind == SPEED_TYPE else {}
-                about = {"drop": label, "sub_blocks": "; ".join(map(str, drop_set))}
-                rows.append(about | {"type": kind} | row | {"environment": environment()})
-                write_text(results, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
-            whole.unlink(missing_ok=True)
-    return pd.DataFrame(rows)
+        proof = Proof(name, Path(folder), details)
+        sets = proof.sets()
+        order = {label: place for place, label in enumerate(sets)}
+        for label, (drop_set, how) in progress(sets.items(), f"{name} in {', '.join(here)}", total=len(sets)):
+            missing = [program for program in here if (label, program) not in done]
+            for row in proof.rows(drop_set, how, missing) if missing else ():
+                rows.append({"drop": label, "sub_blocks": "; ".join(map(str, drop_set))} | row)
+                rows.sort(key=lambda row: (PROGRAMS.index(f"{row['program']} {row['type']}"), order.get(row["drop"], 0)))
+                write_text(results, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, float_format="%.6g"))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prove a model's exports and print the table."""
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.export_proof", description=main.__doc__)
     parser.add_argument("name", nargs="?", default="smollm2-135m-instruct", help="as for load_model, a registered name")
-    parser.add_argument("--types", nargs="+", default=[SPEED_TYPE, "f32"])
+    parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
+    parser.add_argument("--quick", action="store_true", help="without the parts of q8_0's difference, and without speed")
     chosen = parser.parse_args(arguments)
-    print(prove(chosen.name, chosen.types).drop(columns=["sub_blocks", "environment"]).to_string(index=False))
+    print(prove(chosen.name, chosen.programs, not chosen.quick).drop(columns=["sub_blocks", "environment"]).to_string(index=False))
     return 0
 
 
