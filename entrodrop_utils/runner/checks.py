@@ -120,6 +120,7 @@ def _cell_problems(cell: nbformat.NotebookNode) -> Iterator[str]:
             yield "shows an error or a warning"
         if "application/vnd.jupyter.widget-view+json" in out.get("data", {}):
             yield "shows a widget, which does not work in a rendered notebook"
+        yield from table_problems("".join(out.get("data", {}).get("text/html", "")))
         if "image/png" in out.get("data", {}):
             if not out.metadata.get("image/png", {}).get("alt"):
                 yield "has a figure without alt text"
