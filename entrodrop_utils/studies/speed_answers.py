@@ -134,7 +134,7 @@ def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
             "variant": names,
             "weights (MB)": (rows.weight_bytes / 1e6).round().astype(int),
             "of dense": [f"{value:.1%}" for value in rows.weight_bytes / dense.weight_bytes],
-            "KV cache (MB)": (rows.cache_bytes / 1e6).round(1),
+            "KV cache (MB)": rows.cache_bytes / 1e6,
             "of dense KV": [f"{value:.1%}" for value in rows.cache_bytes / dense.cache_bytes],
         }
     ).set_index("variant")
@@ -157,18 +157,19 @@ def published_speed() -> pd.DataFrame:
     return rows[rows.metric.str.contains("speed")].drop(columns=["metric"]).rename(columns={"value": "speed-up (%)"})
 
 
-def bench_table(table: pd.DataFrame, rows: str = "") -> pd.DataFrame:
-    """The ratios of ``make bench`` whose name contains a word, with intervals."""
-    part = table[table.what.str.contains(rows) & table.reference.notna()]
+def bench_table(table: pd.DataFrame, what: str, against: str = "", where: str = "") -> pd.DataFrame:
+    """The ratios of ``make bench`` whose name, reference and setting contain these patterns, with intervals."""
+    part = table[table.reference.notna()]
+    for column, pattern in (("what", what), ("reference", against), ("setting", where)):
+        part = part[part[column].str.contains(pattern)]
     return pd.DataFrame(
         {
-            "what": part.what,
             "setting": part.setting,
             "against": part.reference,
-            "ms": part.ms.map("{:.3g}".format),
+            "ms": part.ms.map("{:.3g}".format).to_numpy(),
             "times as fast": interval_text(part, ["ratio", "low", "high"], ".3g"),
         }
-    )
+    ).set_index(part.what)
 
 
 def committed_bench(device: str = "cpu") -> pd.DataFrame:
