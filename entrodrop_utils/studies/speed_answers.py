@@ -26,10 +26,10 @@ SAVED = {"decode_speedup": "decoding, times as fast", "cache_saved": "KV cache s
 
 
 def speeds_of(model: PreTrainedModel, name: str, device: str, batch: int, tokens: int) -> tuple[pd.DataFrame, str]:
-    """The committed table of ``speed.bench``, or where there is none one setting measured now; and which of the two it is."""
+    """The committed table of ``speed.bench``, or where it lacks the setting this one measured now; and which of the two it is."""
     path = RESULTS / slug(name) / f"speed-{device}.csv"
-    if path.exists():
-        return pd.read_csv(path), f"committed measurements: {path.name}"
+    if path.exists() and len(setting(committed := pd.read_csv(path), batch, tokens)):
+        return committed, f"committed measurements: {path.name}"
     return measured_setting(model, batch, tokens, rounds=2), "measured in this run, in two rounds: make bench measures more"
 
 
@@ -149,6 +149,20 @@ def settings_table(table: pd.DataFrame, n_dropped: int, kind: str = "attention")
             columns = [f"{phase}_{column}{end}" for end in ("", "_low", "_high")]
             shown[f"{phase} {name}"] = interval_text(rows, columns)
     return pd.DataFrame(shown).set_index(["batch", "prompt tokens"])
+
+
+def served_table(model: str) -> pd.DataFrame:
+    """The exported files of a model in llama.cpp, where their speed was measured: reported KV cache, and speed-ups.
+
+    Other models have no such table: it is empty.
+    """
+    path = RESULTS / slug(model) / "export.csv"
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["drop", "type", "kv_bytes", "generation_speedup"])
+    rows = rows[rows.generation_speedup.notna()]
+    shown = {"dropped": rows["drop"], "weights": rows.type, "KV cache (MB)": rows.kv_bytes / 1e6}
+    for name, column in {"reading, times as fast": "prompt_speedup", "writing, times as fast": "generation_speedup"}.items():
+        shown[name] = interval_text(rows, [f"{column}{end}" for end in ("", "_low", "_high")]) if len(rows) else []
+    return pd.DataFrame(shown).set_index("dropped")
 
 
 def published_speed() -> pd.DataFrame:
