@@ -111,10 +111,13 @@ def test_prices_are_the_losses_of_the_sets_that_were_timed(model):
     speed_answers.speed_figure(table, speed_answers.speed_title(table))
 
 
-def test_what_is_below_the_ideal_is_named():
-    row = {"kind": "mlp", "n_dropped": 3, "batch": 1, "tokens": 8, "prefill_of_ideal": 0.97, "prefill_of_ideal_high": 0.99}
-    row |= {"decode_of_ideal": 0.9, "decode_of_ideal_high": 0.94}
-    assert speed_answers.below_ideal(pd.DataFrame([row])).phase.tolist() == ["decode"]
+def test_the_goal_is_judged_by_the_whole_interval():
+    row = {"kind": "mlp", "n_dropped": 3, "batch": 1, "tokens": 8}
+    row |= {"prefill_of_ideal": 0.99, "prefill_of_ideal_low": 0.96, "prefill_of_ideal_high": 1.02}
+    row |= {"decode_of_ideal": 0.9, "decode_of_ideal_low": 0.8, "decode_of_ideal_high": 0.94}
+    table = speed_answers.ideal_table(pd.DataFrame([row, row | {"kind": "block", "decode_of_ideal_high": 1.0}]))
+    assert table.kind.tolist()[:2] == ["mlp", "block"]
+    assert table.verdict.tolist() == ["does not hold", "inconclusive", "holds", "holds"]
 
 
 @pytest.mark.parametrize("name", bench.REFERENCES)

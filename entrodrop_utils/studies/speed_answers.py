@@ -15,7 +15,7 @@ from ..figures import COLOURS, GREY, headed_panels, label_ends
 from ..paths import RESULTS
 from ..profile import slug
 from ..residual import SubBlock
-from ..statistics import interval_text, paired_difference
+from ..statistics import interval_text, paired_difference, verdict
 from .speed import measured_setting
 
 LOOK = {"attention": (COLOURS["bucket"], "o"), "mlp": (COLOURS["knn"], "s"), "block": (COLOURS["gaussian"], "^")}
@@ -43,16 +43,19 @@ def setting(table: pd.DataFrame, batch: int, tokens: int) -> pd.DataFrame:
     return table[(table.batch == batch) & (table.tokens == tokens)].reset_index(drop=True)
 
 
-def below_ideal(table: pd.DataFrame) -> pd.DataFrame:
-    """The variants whose speed-up is below the goal of the ideal by its whole interval: one row a phase and variant."""
+def ideal_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The share of the ideal speed-up that every variant reaches, lowest first, and whether it is at least ``GOAL``.
+
+    Returns:
+        phase, kind, n_dropped, batch, tokens, of_ideal, low, high, verdict.
+    """
     rows = []
     for phase in PHASES:
-        slow = table[(table.kind != "dense") & (table[f"{phase}_of_ideal_high"] < GOAL)]
-        rows += [
-            (phase, row.kind, row.n_dropped, row.batch, row.tokens, row[f"{phase}_of_ideal"], row[f"{phase}_of_ideal_high"])
-            for _, row in slow.iterrows()
-        ]
-    return pd.DataFrame(rows, columns=["phase", "kind", "n_dropped", "batch", "tokens", "of_ideal", "high"])
+        for row in table[table.kind != "dense"].to_dict("records"):
+            shares = [row[f"{phase}_of_ideal{end}"] for end in ("", "_low", "_high")]
+            rows.append((phase, row["kind"], row["n_dropped"], row["batch"], row["tokens"], *shares, verdict(*shares[1:], GOAL)))
+    columns = ["phase", "kind", "n_dropped", "batch", "tokens", "of_ideal", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns).sort_values("of_ideal", ignore_index=True)
 
 
 def speed_figure(rows: pd.DataFrame, title: str) -> Figure:
@@ -133,9 +136,9 @@ def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
         {
             "variant": names,
             "weights (MB)": (rows.weight_bytes / 1e6).round().astype(int),
-            "of dense": [f"{value:.1%}" for value in rows.weight_bytes / dense.weight_bytes],
+            "of dense": [f"{100 * value:.3g}%" for value in rows.weight_bytes / dense.weight_bytes],
             "KV cache (MB)": rows.cache_bytes / 1e6,
-            "of dense KV": [f"{value:.1%}" for value in rows.cache_bytes / dense.cache_bytes],
+            "of dense KV": [f"{100 * value:.3g}%" for value in rows.cache_bytes / dense.cache_bytes],
         }
     ).set_index("variant")
 
@@ -168,7 +171,9 @@ def served_table(model: str) -> pd.DataFrame:
 def published_speed() -> pd.DataFrame:
     """What others report: model, method, dropped, and the speed-up in per cent."""
     rows = published_figures("others")
-    return rows[rows.metric.str.contains("speed")].drop(columns=["metric"]).rename(columns={"value": "speed-up (%)"})
+    rows = rows[rows.metric.str.contains("speed")]
+    rows = rows.assign(dropped=[f"{row.n_dropped} of {row.n_total:.0f} {row.unit}" for row in rows.itertuples()])
+    return rows.set_index("model")[["method", "dropped", "value", "note"]].rename(columns={"value": "speed-up (%)"})
 
 
 def bench_table(table: pd.DataFrame, what: str, against: str = "", where: str = "") -> pd.DataFrame:
@@ -180,7 +185,7 @@ def bench_table(table: pd.DataFrame, what: str, against: str = "", where: str = 
         {
             "setting": part.setting,
             "against": part.reference,
-            "ms": part.ms.map("{:.3g}".format).to_numpy(),
+            "ms": [f"{float(f'{ms:.3g}'):g}" for ms in part.ms],
             "times as fast": interval_text(part, ["ratio", "low", "high"], ".3g"),
         }
     ).set_index(part.what)
