@@ -70,7 +70,7 @@ def speed_figure(rows: pd.DataFrame, title: str) -> Figure:
             axis.errorbar(part.n_dropped, estimate, ends, color=colour, fmt="none", elinewidth=1.2)
             axis.plot(part.n_dropped, estimate / part[f"{phase}_of_ideal"], "--", color=colour, linewidth=0.9, label="_ideal")
         axis.axhline(1, color=GREY, linewidth=0.8)
-        axis.set(title=name, xlabel="dropped of each kind")
+        axis.set(title=name, xlabel="dropped of each kind", xticks=sorted(set(rows.n_dropped) - {0}))
         axis.margins(x=0.05)
     axes[0].set_ylabel("times as fast as the dense model")
     label_ends(axes[1])
@@ -105,10 +105,12 @@ def price_figure(prices: pd.DataFrame, title: str) -> Figure:
     figure, axes = headed_panels(title, 2, 2.9, sharey=True)
     for axis, (column, name) in zip(axes, SAVED.items(), strict=True):
         for kind, (colour, marker) in LOOK.items():
+            if column == "cache_saved" and kind == "mlp":
+                continue  # an MLP has no cache
             _price_line(axis, prices[prices.kind == kind], column, colour, marker, PLURAL[kind])
         axis.set(xlabel=name)
     axes[0].set_ylabel("loss increase (nats per token)")
-    axes[0].legend(fontsize=8, loc="upper left")
+    axes[0].legend(fontsize=8, loc="upper right")
     return figure
 
 
@@ -125,7 +127,7 @@ def price_title(prices: pd.DataFrame) -> str:
     cheapest = {kind: rows[rows.decode_speedup >= reached].increase.min() for kind, rows in prices.groupby("kind", sort=False)}
     ranked = sorted(cheapest, key=cheapest.get)
     costs = ", ".join(f"{PLURAL[kind]} {cheapest[kind]:.1f}" for kind in ranked)
-    return f"For decoding {reached:.2f} times as fast, the loss rises by (nats): {costs}"
+    return f"Loss increase for decoding {reached:.2f} times as fast (nats): {costs}"
 
 
 def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -229,12 +231,10 @@ def models_table(device: str = "cpu", batch: int = 1) -> pd.DataFrame:
 
 
 def speed_title(rows: pd.DataFrame) -> str:
-    """The speed-up of decoding without most of each kind, as a sentence."""
-    parts = []
-    for kind in LOOK:
-        row = rows[rows.kind == kind].iloc[-1]
-        parts.append(f"{row.n_dropped} {PLURAL[kind]} {row.decode_speedup:.2f}")
-    return f"Decoding without {parts[0]}, {parts[1]} and {parts[2]} times as fast"
+    """The speed-up of decoding without most blocks and most attention layers, as a sentence."""
+    blocks, attention = (rows[rows.kind == kind].iloc[-1] for kind in ("block", "attention"))
+    shares = f"without {blocks.n_dropped} blocks {blocks.decode_speedup:.2f}"
+    return f"Decoding {shares}, without {attention.n_dropped} attention layers {attention.decode_speedup:.2f} times as fast"
 
 
 def speed_sentences(rows: pd.DataFrame, prices: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
