@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .families.decoder import decoder_layers
 from .families.self_check import input_state, measuring
@@ -101,3 +101,9 @@ def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def _attentions(model: PreTrainedModel, window: Int[Tensor, "token"]) -> tuple[Float[Tensor, "1 head query key"], ...]:
     return model.base_model(window[None].to(model.device), output_attentions=True, use_cache=False).attentions
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache holds; layers without attention hold none."""
+    parts = (part for layer in cache.layers for part in (layer.keys, layer.values))
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))

@@ -15,7 +15,7 @@ import scipy.spatial
 import torch
 from scipy import stats
 from sklearn.metrics.pairwise import paired_cosine_distances
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from entrodrop_utils import cache, entropy, evaluation, scoring, similarity
 from entrodrop_utils.dropping import dropped
@@ -97,7 +97,7 @@ def _row(
     }  # fmt: skip
 
 
-def estimators(device: str) -> Iterator[Row]:
+def estimators() -> Iterator[Row]:
     """Every estimator against the published formula and against a library, with one thread: time and peak memory."""
     for tokens, dim in SHAPES:
         x = torch.randn(tokens, dim, generator=torch.Generator().manual_seed(0))
@@ -116,9 +116,8 @@ def estimators(device: str) -> Iterator[Row]:
         yield _row("cosine", f"{tokens} tokens x {dim}", "scikit-learn", speed.side_by_side(pair[1], pair[0], least=0.02))
 
 
-def scoring_pass(name: str, device: str) -> Iterator[Row]:
+def scoring_pass(model: PreTrainedModel, name: str) -> Iterator[Row]:
     """A window's scores against its plain forward pass without logits; the ratio is how many passes the scores cost."""
-    model = speed.load_for_speed(name, device)
     ids = torch.randint(0, model.config.vocab_size, (1, 256), generator=torch.Generator().manual_seed(0))
     sets = {"bucket, knn, cosine": ["bucket", "knn", "cosine"], "all registered metrics": list(scoring.METRICS)}
 
@@ -135,9 +134,8 @@ def scoring_pass(name: str, device: str) -> Iterator[Row]:
         yield _row(f"scores: {title}", f"{name}, 256 tokens", "forward pass without logits", timed, memory)
 
 
-def many_sets(name: str, device: str) -> Iterator[Row]:
+def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
     """The losses of 10 nested sets: one after another as a plain loop, and with the layers that they share run once."""
-    model = speed.load_for_speed(name, device)
     ids = torch.randint(0, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
     deepest = find(model, "attention")[::-1]
     sets = [deepest[:n] for n in range(2, 22, 2)]
@@ -158,7 +156,7 @@ def many_sets(name: str, device: str) -> Iterator[Row]:
     yield _row("losses of 10 nested sets", f"{name}, 4 x 128 tokens", "a loop over the sets", timed)
 
 
-def growth(device: str) -> Iterator[Row]:
+def growth() -> Iterator[Row]:
     """How time grows: the slope of log time over log size, 1 where it is proportional, with the interval of the regression."""
     x = {n: torch.randn(n, 1024) for n in (128, 256, 512, 1024, 2048)}
     wide = {dim: torch.randn(256, dim) for dim in (256, 512, 1024, 2048, 4096, 8192)}
@@ -193,13 +191,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help=f"a model's name, or one of {', '.join(speed.SHAPES)}")
     chosen = parser.parse_args()
     device = torch.device(chosen.device).type
-    parts = [scoring_pass, many_sets] if device == "cuda" else [estimators, scoring_pass, many_sets, growth]
+    model = speed.load_for_speed(chosen.model, chosen.device)
+    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets)]
     rows = []
-    for part in progress(parts, "bench"):
-        given = (chosen.device,) if part in (estimators, growth) else (chosen.model, chosen.device)
-        for row in part(*given):
+    for part in progress(of_model if device == "cuda" else [estimators, *of_model, growth], "bench"):
+        for row in part():
             rows.append(row | {"device": speed.device_name(chosen.device), "torch": torch.__version__})
-            ends = [row.get(key, math.nan) for key in ("ratio", "low", "high")]
             write_text(RESULTS / f"bench-{device}.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.4g"))
             print(f"{row['what']}, {row['setting']}, {row.get('reference', '')}: {Interval(*ends):.3g}", flush=True)
 

@@ -2,9 +2,8 @@
 
 import copy
 import math
-import sys
-from pathlib import Path
 
+import bench
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,9 +16,6 @@ from entrodrop_utils.evaluation import perplexity
 from entrodrop_utils.residual import KINDS, SubBlock, find
 from entrodrop_utils.saving import remove
 from entrodrop_utils.studies import speed, speed_answers
-
-sys.path.insert(0, str(Path(__file__).parent))
-import bench
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .. import cache, scoring, text
+from ..attention import cache_bytes
 from ..cached_scoring import cached_entropies, cached_score
 from ..dropping import dropped
 from ..evaluation import Estimate, IncrementalLosses, losses_by_set
@@ -252,9 +253,8 @@ class LoadedModel:
         def count() -> Size:
             with dropped(self.model, drop_set) as model:
                 ids = torch.zeros(1, 8, dtype=torch.long, device=model.device)
-                layers = model(ids, use_cache=True).past_key_values.layers
-                kept = [part for layer in layers for part in (layer.keys, layer.values) if isinstance(part, Tensor)]  # noqa: PD011
-                return Size(model.num_parameters(), sum(part.nbytes for part in kept) / ids.shape[1] * CONTEXT)
+                nbytes = cache_bytes(model(ids, use_cache=True).past_key_values)
+                return Size(model.num_parameters(), nbytes / ids.shape[1] * CONTEXT)
 
         return self._once("size", drop_set, compute=count)
 

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 
 from .. import search
-from ..entropy import bucket, knn
 from ..models import load_model
 from ..paths import DATA, RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
+from ..scoring import resolve
 from ..selection import count_of
-from ..similarity import cosine, norm_ratio
 from ..statistics import Interval, comparison, interval_text
 from ..text import windows
 from .methods import KIND_NAMES
@@ -38,7 +37,7 @@ SIZE = "confirm"
 SHARES = {"attention": (0.375, 0.25, 0.125), "mlp": (0.25,)}  # kind -> shares dropped, the most first
 SEARCH_TEXT, SCORE_TEXT, HELD_OUT_TEXT = (3, 32), (8, 128), (6, 64)  # windows and tokens, the amounts of notebook 07
 SECOND_DOMAIN = "english"
-SCORES = {"bucket": bucket, "knn": knn, "cosine": cosine, "norm_ratio": norm_ratio}
+SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 RIVALS = ("single drops", EVOLUTION, "norm_ratio", "cosine", "bucket", "knn")
 
 

@@ -6,7 +6,6 @@
 
 import argparse
 import contextlib
-import platform
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from ..residual import SubBlock, find
 from ..selection import one_shot
 from ..statistics import CONFIDENCE, mean_interval
 from ..text import windows
+from .speed import processor
 
 CONTEXT, PROMPT, CONTINUATION = 2048, 64, 32
 ROUNDS, STEPS = 9, 12  # of the comparison of speeds; the first round warms up
@@ -183,11 +183,8 @@ def environment(program: str) -> str:
     Raises:
         RuntimeUnavailable: it is not installed.
     """
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     here = llama_cpp_version() if program == "llama.cpp" else program_version(FOLDERS[program][0])
-    return f"{here}, {cpu}, 1 thread, transformers {version('transformers')}"
+    return f"{here}, {processor()}, 1 thread, transformers {version('transformers')}"
 
 
 class Proof:

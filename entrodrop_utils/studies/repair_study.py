@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from ..attention import cache_bytes
 from ..dropping import Repair, dropped
 from ..evaluation import losses_by_set, perplexity
 from ..families.self_check import measuring
@@ -155,12 +156,11 @@ def inference_costs(
         for name, (drop_set, fitted) in variants.items():
             with dropped(model, drop_set, fitted) if drop_set else nullcontext():
                 if number == 0:
-                    cache = model(ids, use_cache=True).past_key_values
-                    kept = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]  # noqa: PD011
+                    nbytes = cache_bytes(model(ids, use_cache=True).past_key_values)
                     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not counted
                         model(ids, use_cache=False)
                     size = sum(weight.numel() for weight in model.parameters()) / 1e6
-                    per_token = (counter.get_total_flops() / 1e6 / ids.shape[1], sum(t.nbytes for t in kept) / ids.shape[1])
+                    per_token = (counter.get_total_flops() / 1e6 / ids.shape[1], nbytes / ids.shape[1])
                     rows.append((name, size, *per_token))
                 start = time.perf_counter()
                 model(ids, use_cache=False)

@@ -23,9 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 
+from ..attention import cache_bytes
 from ..dropping import dropped
 from ..families.decoder import decoder_layers
 from ..files import write_text
@@ -60,15 +62,20 @@ class SideBySide(NamedTuple):
     ratio: Interval
 
 
+def processor() -> str:
+    """The processor as its maker calls it, or its architecture where the system does not say."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def device_name(device: str | torch.device) -> str:
-    """The processor that a device is, as its maker calls it, with its number of threads or the memory of a GPU."""
+    """What a device is: a GPU with its memory, or the processor with its number of threads."""
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    info, n = Path("/proc/cpuinfo"), torch.get_num_threads()
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {n} thread{'s' if n > 1 else ''}"
+    n = torch.get_num_threads()
+    return f"{processor()}, {n} thread{'s' if n > 1 else ''}"
 
 
 def geometric_interval(ratios: Float[np.ndarray, " round"]) -> Interval:
@@ -132,13 +139,20 @@ def generate(model: PreTrainedModel, ids: Int[Tensor, "batch token"], steps: int
     """One run with a cache: seconds of the prompt, seconds of a decoded token, and the cache's bytes after the prompt."""
     with torch.inference_mode():
         start = _now(model)
-        output = model(ids, use_cache=True, logits_to_keep=1)
-        prefill, cache = _now(model) - start, output.past_key_values
-        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)  # noqa: PD011
+        output = _read(model, ids)
+        prefill, nbytes = _now(model) - start, cache_bytes(output.past_key_values)
         start = _now(model)
-        for _ in range(steps):
-            output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+        _write(model, output, steps)
         return prefill, (_now(model) - start) / steps, nbytes
+
+
+def _read(model: PreTrainedModel, ids: Tensor) -> CausalLMOutputWithPast:
+    return model(ids, use_cache=True, logits_to_keep=1)
+
+
+def _write(model: PreTrainedModel, output: CausalLMOutputWithPast, steps: int) -> None:
+    for _ in range(steps):
+        output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
 
 
 def _now(model: PreTrainedModel) -> float:
@@ -202,9 +216,8 @@ def measure_speed(
         whole = runs["dense", 0]
         for name, drop_set in sets.items():
             ideal = [whole[place] - sum(part[s] for s in drop_set) for place, part in enumerate(parts)]
-            ideal = [
-                seconds if seconds > 0 else math.nan for seconds in ideal
-            ]  # on a busy machine parts may take longer than the whole
+            # On a busy machine the parts may take longer than the whole
+            ideal = [seconds if seconds > 0 else math.nan for seconds in ideal]
             rows.append((*name, number, *runs[name][:2], *ideal, runs[name][2]))
     columns = ["kind", "n_dropped", "round", "prefill", "decode", "ideal_prefill", "ideal_decode", "cache_bytes"]
     table = pd.DataFrame(rows, columns=columns)
@@ -215,10 +228,9 @@ def _parts(model: PreTrainedModel, ids: Tensor, steps: int) -> tuple[dict[SubBlo
     """Seconds of every part of the dense model, in the prompt and in one decoded token."""
     with torch.inference_mode():
         with timed_parts(model) as prompt:
-            output = model(ids, use_cache=True, logits_to_keep=1)
+            output = _read(model, ids)
         with timed_parts(model) as decoding:
-            for _ in range(steps):
-                output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+            _write(model, output, steps)
     return prompt, {sub_block: seconds / steps for sub_block, seconds in decoding.items()}
 
 
@@ -237,20 +249,16 @@ def speed_table(rounds: pd.DataFrame) -> pd.DataFrame:
             row[f"{phase}_seconds"] = group[phase].median()
             intervals = {"speedup": dense[phase] / group[phase], "of_ideal": group[f"ideal_{phase}"] / group[phase]}
             for name, values in intervals.items():
-                ends = ("", "_low", "_high")
-                row |= {
-                    f"{phase}_{name}{end}": value for end, value in zip(ends, geometric_interval(values.to_numpy()), strict=True)
-                }
+                interval = geometric_interval(values.to_numpy())
+                row |= {f"{phase}_{name}{end}": value for end, value in zip(("", "_low", "_high"), interval, strict=True)}
         rows.append(row | {"cache_bytes": group.cache_bytes.iloc[0]})
     return pd.DataFrame(rows)
 
 
 def kept_bytes(model: PreTrainedModel, drop_set: Sequence[SubBlock]) -> int:
     """Bytes of the weights that a model without these sub-blocks still has, each shared weight once."""
-    layout, layers = layout_of(model), decoder_layers(model)
-    halves = {(s.layer, kind) for s in drop_set for kind in (("attention", "mlp") if s.kind == "block" else (s.kind,))}
-    gone = {w for i, kind in halves for path in layout.branch(kind) for w in layers[i].get_submodule(path).parameters()}
-    return sum(w.nbytes for w in set(model.parameters()) - gone)
+    with dropped(model, drop_set):
+        return sum(weight.nbytes for weight in model.parameters())
 
 
 def load_for_speed(name: str, device: str) -> PreTrainedModel:
