@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 
 from ..claims import published_figures
 from ..evaluation import losses_by_set
-from ..figures import COLOURS, GREY, headed_panels, label_ends
+from ..figures import GREY, headed_panels, label_ends
 from ..paths import RESULTS
 from ..profile import slug
-from ..residual import SubBlock
+from ..residual import KINDS, SubBlock
 from ..statistics import interval_text, paired_difference, verdict
+from .methods import KIND_NAMES
 from .speed import measured_setting
+from .tradeoff import KIND_COLOURS, KIND_MARKERS
 
-LOOK = {"attention": (COLOURS["bucket"], "o"), "mlp": (COLOURS["knn"], "s"), "block": (COLOURS["gaussian"], "^")}
-PLURAL = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks"}
 PHASES = {"decode": "decoding", "prefill": "reading the prompt"}
 GOAL = 0.95  # of the ideal speed-up
 SAVED = {"decode_speedup": "decoding, times as fast", "cache_saved": "KV cache saved (%)"}
@@ -62,13 +62,12 @@ def speed_figure(rows: pd.DataFrame, title: str) -> Figure:
     """The speed-up of decoding and prefill against the number dropped, with intervals; dashed: the ideal of each kind."""
     figure, axes = headed_panels(title, 2, 2.9, sharey=True)
     for axis, (phase, name) in zip(axes, PHASES.items(), strict=True):
-        for kind, (colour, marker) in LOOK.items():
+        for kind in KINDS:
             part = rows[rows.kind == kind]
-            estimate = part[f"{phase}_speedup"]
-            ends = (estimate - part[f"{phase}_speedup_low"], part[f"{phase}_speedup_high"] - estimate)
-            axis.plot(part.n_dropped, estimate, color=colour, marker=marker, markersize=4, label=PLURAL[kind])
-            axis.errorbar(part.n_dropped, estimate, ends, color=colour, fmt="none", elinewidth=1.2)
-            axis.plot(part.n_dropped, estimate / part[f"{phase}_of_ideal"], "--", color=colour, linewidth=0.9, label="_ideal")
+            estimate, ends = part[f"{phase}_speedup"], (part[f"{phase}_speedup_low"], part[f"{phase}_speedup_high"])
+            _points(axis, kind, part.n_dropped, estimate, *ends)
+            ideal = estimate / part[f"{phase}_of_ideal"]
+            axis.plot(part.n_dropped, ideal, "--", color=KIND_COLOURS[kind], linewidth=0.9, label="_ideal")
         axis.axhline(1, color=GREY, linewidth=0.8)
         axis.set(title=name, xlabel="dropped of each kind", xticks=sorted(set(rows.n_dropped) - {0}))
         axis.margins(x=0.05)
@@ -104,21 +103,23 @@ def price_figure(prices: pd.DataFrame, title: str) -> Figure:
     """The loss increase against the speed-up of decoding and against the share of the KV cache saved, a line per kind."""
     figure, axes = headed_panels(title, 2, 2.9, sharey=True)
     for axis, (column, name) in zip(axes, SAVED.items(), strict=True):
-        for kind, (colour, marker) in LOOK.items():
+        for kind in KINDS:
             if column == "cache_saved" and kind == "mlp":
                 continue  # an MLP has no cache
-            _price_line(axis, prices[prices.kind == kind], column, colour, marker, PLURAL[kind])
+            part = prices[prices.kind == kind]
+            x = 100 * part[column] if column == "cache_saved" else part[column]
+            _points(axis, kind, x, part.increase, part.low, part.high)
         axis.set(xlabel=name)
     axes[0].set_ylabel("loss increase (nats per token)")
     axes[0].legend(fontsize=8, loc="upper right")
     return figure
 
 
-def _price_line(axis: Axes, rows: pd.DataFrame, column: str, colour: str, marker: str, label: str) -> None:
-    x = 100 * rows[column] if column.endswith("saved") else rows[column]
-    ends = (rows.increase - rows.low, rows.high - rows.increase)
-    axis.plot(x, rows.increase, color=colour, marker=marker, markersize=4, label=label)
-    axis.errorbar(x, rows.increase, ends, color=colour, fmt="none", elinewidth=1)
+def _points(axis: Axes, kind: str, x: pd.Series, y: pd.Series, low: pd.Series, high: pd.Series) -> None:
+    """The line of a kind with intervals at its points."""
+    colour = KIND_COLOURS[kind]
+    axis.plot(x, y, color=colour, marker=KIND_MARKERS[kind], markersize=4, label=KIND_NAMES[kind])
+    axis.errorbar(x, y, (y - low, high - y), color=colour, fmt="none", elinewidth=1.2)
 
 
 def price_title(prices: pd.DataFrame) -> str:
@@ -126,14 +127,14 @@ def price_title(prices: pd.DataFrame) -> str:
     reached = min(rows.decode_speedup.max() for _, rows in prices.groupby("kind"))
     cheapest = {kind: rows[rows.decode_speedup >= reached].increase.min() for kind, rows in prices.groupby("kind", sort=False)}
     ranked = sorted(cheapest, key=cheapest.get)
-    costs = ", ".join(f"{PLURAL[kind]} {cheapest[kind]:.1f}" for kind in ranked)
+    costs = ", ".join(f"{KIND_NAMES[kind]} {cheapest[kind]:.1f}" for kind in ranked)
     return f"Loss increase for decoding {reached:.2f} times as fast (nats): {costs}"
 
 
 def memory_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Weights and KV cache of every variant of one setting, in MB (millions of bytes) and as shares of the dense model's."""
     dense = rows[rows.kind == "dense"].iloc[0]
-    names = ["dense" if row.kind == "dense" else f"{row.n_dropped} {PLURAL[row.kind]} less" for row in rows.itertuples()]
+    names = ["dense" if row.kind == "dense" else f"{row.n_dropped} {KIND_NAMES[row.kind]} less" for row in rows.itertuples()]
     return pd.DataFrame(
         {
             "variant": names,
@@ -219,11 +220,11 @@ def models_table(device: str = "cpu", batch: int = 1) -> pd.DataFrame:
     rows = []
     for model, table in measured_models(device).items():
         longest = setting(table, batch, table[table.batch == batch].tokens.max())
-        for kind in LOOK:
+        before = 1 / longest[longest.kind == "dense"].decode_seconds.item()
+        for kind in KINDS:
             row = longest[longest.kind == kind].iloc[-1]
-            dense = longest[longest.kind == "dense"].iloc[0]
-            rows.append((model, f"{row.n_dropped} {PLURAL[kind]}", row.tokens, 1 / dense.decode_seconds, 1 / row.decode_seconds))
-            rows[-1] += tuple(row[f"decode_speedup{end}"] for end in ("", "_low", "_high"))
+            speedup = (row[f"decode_speedup{end}"] for end in ("", "_low", "_high"))
+            rows.append((model, f"{row.n_dropped} {KIND_NAMES[kind]}", row.tokens, before, 1 / row.decode_seconds, *speedup))
     columns = ["model", "less", "prompt tokens", "dense tokens/s", "tokens/s", "estimate", "low", "high"]
     shown = pd.DataFrame(rows, columns=columns)
     shown["times as fast"] = interval_text(shown, ["estimate", "low", "high"])
@@ -245,7 +246,7 @@ def speed_sentences(rows: pd.DataFrame, prices: pd.DataFrame, measured: pd.DataF
     return [
         f"Median share of the ideal speed-up over all settings: {ideal}.",
         f"{price_title(prices)}.",
-        f"Fastest: {largest.n_dropped} {PLURAL[largest.kind]} less, {largest.decode_speedup:.2f} times as fast, for "
+        f"Fastest: {largest.n_dropped} {KIND_NAMES[largest.kind]} less, {largest.decode_speedup:.2f} times as fast, for "
         f"{largest.increase:.1f} nats [{largest.low:.1f}, {largest.high:.1f}] without repair.",
         f"Measured on {rows.device.iloc[0]}, {rows.dtype.iloc[0]}, {rows.rounds.iloc[0]} rounds.",
     ]
