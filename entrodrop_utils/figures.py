@@ -135,7 +135,7 @@ def three_digits(values: pd.Series) -> pd.Series:
     """
     if not pd.api.types.is_float_dtype(values):
         return values.astype(object).where(values.notna(), "")
-    largest = np.nanmax(np.abs(values), initial=0)
+    largest = values.abs().max() if values.notna().any() else 0
     decimals = int(np.clip(2 - np.floor(np.log10(largest or 1)), 0, 6))
 
     def text(value: float) -> str:

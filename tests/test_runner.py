@@ -289,6 +289,11 @@ def test_a_table_as_it_is_shown_has_no_problem():
     ]
 
 
+@pytest.mark.parametrize("values", [[], [float("nan")], [0.0, float("nan")]])
+def test_a_column_without_numbers_has_empty_cells(values):
+    assert figures.three_digits(pd.Series(values, dtype=float)).tolist() == ["0.00" if value == 0 else "" for value in values]
+
+
 class Fake:
     """In place of the execution of notebooks: each writes a table with its seed, or fails."""
 
