@@ -338,7 +338,7 @@ def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_l
         labels.append(f"{count} of {n_layers} {KIND_NAMES[kind]}")
         for metric in [*[m for m in metrics if m in set(rows.metric)], *[RANDOM] * (RANDOM in set(rows.metric))]:
             for axis, columns in zip(axes, (PAPER_COUNT, ABOVE_CHANCE), strict=True):
-                _draw(axis, len(labels), rows[rows.metric == metric], columns)
+                draw_retention(axis, len(labels), rows[rows.metric == metric], columns)
             labels.append(metric)
     dense = dense_table(accuracy)
     names = f"as the paper counts it ({len(dense)} tasks)", f"above chance ({(dense['above chance'] == 'yes').sum()} tasks)"
@@ -360,15 +360,15 @@ def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_l
     return figure
 
 
-def _draw(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+def draw_retention(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
     """The retention of one metric with its interval, or of the random draws as ticks."""
     metric = rows.metric.iloc[0]
     for estimate, low, high in rows[list(columns)].itertuples(index=False):
         if metric == RANDOM:
             axis.plot([estimate], [place], "|", color=figures.GREY, markersize=10)
         else:
-            axis.plot([low, high], [place, place], color=figures.COLOURS[metric], linewidth=3, alpha=0.5)
-            axis.plot([estimate], [place], "o", color=figures.COLOURS[metric], markersize=6)
+            axis.plot([low, high], [place, place], color=figures.COLOURS.get(metric, figures.GREY), linewidth=3, alpha=0.5)
+            axis.plot([estimate], [place], "o", color=figures.COLOURS.get(metric, figures.GREY), markersize=6)
 
 
 def accuracy_claims(
