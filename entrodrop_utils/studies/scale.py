@@ -208,9 +208,10 @@ def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str
         axis.plot(rows.n_dropped / rows.n_total, rows.retention, style, color=colour, markersize=5)
         x, y = rows.n_dropped.iloc[-1] / rows.n_total.iloc[-1], rows.retention.iloc[-1]
         axis.annotate(method.replace(" (", "\n("), (x, y), (6, 0), color=colour, va="center", **LABEL)
+    axis.margins(y=0.12)
     axis.set(title="published, Llama-3.1-8B", xlabel="share of attention layers dropped", ylabel="accuracy kept", xlim=(0.1, 0.74))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.set_xticks(np.unique(published.n_dropped / published.n_total))
     labels: list[str] = []
     for model, group in shown.groupby("model", sort=False):
