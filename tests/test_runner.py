@@ -55,7 +55,7 @@ def notebook(*extra: str) -> nbformat.NotebookNode:
         v4.new_markdown_cell("A table:"),
         v4.new_code_cell(SMALL.strip()),
         *[cell for source in extra for cell in (v4.new_markdown_cell("More:"), v4.new_code_cell(source))],
-        v4.new_markdown_cell("## What this run says"),
+        v4.new_markdown_cell("## Findings"),
         v4.new_code_cell(
             'from IPython.display import Markdown\nMarkdown(f"Seed {seed} gives 0.5 [0.4, 0.6].\\n\\n- k is {k}")',
             metadata={"tags": ["finding"]},
