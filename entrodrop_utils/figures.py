@@ -12,6 +12,8 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from .profile import Profile
@@ -30,9 +32,11 @@ COLOURS = {
     "deepest first": "#8C6D1F",
 }
 MARKERS = dict(zip(COLOURS, "os^Dv*PX.d", strict=True))
+KIND_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", "mixed": "#000000"}
+KIND_MARKERS = dict(zip(KIND_COLOURS, "osD^", strict=True))
 STYLE = Path(__file__).with_name("entrodrop.mplstyle")
 WIDTH = 7.0  # inches: two columns of a paper
-HEADLINE = 88  # characters in a line of a figure's headline
+HEADLINE = 88  # characters in a line of a figure's headline, at most
 GREY = "#8a8a8a"  # of what is shown for context
 MAX_ROWS = 12  # of a table in a notebook; its CSV has all of them
 
@@ -51,8 +55,13 @@ def panels(rows: int, columns: int, height: float = 2.4, empty: int = 0, **kwarg
 
 
 def title_sentence(figure: Figure, sentence: str) -> None:
-    """What the figure shows, as a sentence above it."""
-    figure.suptitle("\n".join(textwrap.wrap(sentence, HEADLINE)), x=0.01, ha="left", fontsize=10, fontweight="bold")
+    """What the figure shows, as a sentence above it, in lines that the figure is wide enough for."""
+    look, room = FontProperties(weight="bold", size=10), 0.986 * 72 * figure.get_figwidth()  # points
+    for length in range(HEADLINE, 0, -1):
+        lines = textwrap.wrap(sentence, length)
+        if all(TextPath((0, 0), line, prop=look).get_extents().width <= room for line in lines):
+            break
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontproperties=look)
 
 
 def headed_panels(title: str, columns: int, height: float, **kwargs) -> tuple[Figure, list[Axes]]:
@@ -135,7 +144,7 @@ def three_digits(values: pd.Series) -> pd.Series:
     """
     if not pd.api.types.is_float_dtype(values):
         return values.astype(object).where(values.notna(), "")
-    largest = np.nanmax(np.abs(values), initial=0)
+    largest = values.abs().max() if values.notna().any() else 0
     decimals = int(np.clip(2 - np.floor(np.log10(largest or 1)), 0, 6))
 
     def text(value: float) -> str:

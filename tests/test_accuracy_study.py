@@ -51,10 +51,29 @@ def test_repaired_choices_are_rows_of_their_own(table, monkeypatch):
 
     monkeypatch.setattr(accuracy, "task_scores_by_set", scored)
     choices = {("attention", Method("cosine"), 2): drop_set}
-    whole = accuracy.with_repaired(table, model, word_tokenizer(), ["a"], {"a": 40}, choices, ids(4, 12))
+    repair = accuracy.linear_repair(model, choices.values(), ids(4, 12))
+    whole = accuracy.with_repaired(table, model, word_tokenizer(), ["a"], {"a": 40}, choices, repair)
     assert asked == {"sets": [(), drop_set], "repaired": list(drop_set)}
     new = whole.iloc[len(table) :].set_index("task")
     assert set(new.metric) == {"cosine, repaired"} and set(new.n_dropped) == {2}
     assert new.value["a"] == 0.5
     assert new.retention["mean"] == pytest.approx(0.5 / 0.75)
     assert whole.value[: len(table)].tolist() == table.value.tolist()
+
+
+def test_the_place_of_a_method_is_the_share_of_random_choices_that_are_less_accurate(table):
+    """Against a plain count, for each number of sub-blocks apart; Wilson's interval by its formula."""
+    random = {8: [0.41, 0.35, 0.52, 0.30], 11: [0.30, 0.29]}
+    values = {("bucket", 8): 0.40, ("cosine", 8): 0.60, ("bucket", 11): 0.25}
+    rows = [(metric, "one-shot", 0, "attention", n, value) for (metric, n), value in values.items()]
+    rows += [("random", "random", draw, "attention", n, v) for n, draws in random.items() for draw, v in enumerate(draws, 1)]
+    means = pd.DataFrame(rows, columns=["metric", "rule", "draw", "kind", "n_dropped", "value"]).assign(task="mean")
+    places = accuracy.place_among_choices(pd.concat([table, means])).set_index(["metric", "n_dropped"])
+    for (metric, n), value in values.items():
+        hits, draws = sum(v < value for v in random[n]), len(random[n])
+        place = places.loc[(metric, n)]
+        assert place.share == hits / draws and place.draws == draws
+        z = 1.959963984540054
+        centre, spread = hits + z**2 / 2, z * np.sqrt(hits * (draws - hits) / draws + z**2 / 4)
+        assert [place.low, place.high] == pytest.approx([(centre - spread) / (draws + z**2), (centre + spread) / (draws + z**2)])
+    assert "50% [15%, 85%] less accurate than bucket" in accuracy.place_sentence(places.reset_index(), 8, ["bucket", "cosine"])

@@ -55,7 +55,7 @@ def notebook(*extra: str) -> nbformat.NotebookNode:
         v4.new_markdown_cell("A table:"),
         v4.new_code_cell(SMALL.strip()),
         *[cell for source in extra for cell in (v4.new_markdown_cell("More:"), v4.new_code_cell(source))],
-        v4.new_markdown_cell("## What this run says"),
+        v4.new_markdown_cell("## Findings"),
         v4.new_code_cell(
             'from IPython.display import Markdown\nMarkdown(f"Seed {seed} gives 0.5 [0.4, 0.6].\\n\\n- k is {k}")',
             metadata={"tags": ["finding"]},
@@ -287,6 +287,11 @@ def test_a_table_as_it_is_shown_has_no_problem():
         ["-0.5", "0.123", ""],
         ["", "0.000000007", "y"],
     ]
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [0.0, float("nan")]])
+def test_a_column_without_numbers_has_empty_cells(values):
+    assert figures.three_digits(pd.Series(values, dtype=float)).tolist() == ["0.00" if value == 0 else "" for value in values]
 
 
 class Fake:

@@ -53,3 +53,21 @@ def test_the_published_table_keeps_less_than_its_abstract_says():
     assert table.retention["EntroDrop", 12] == pytest.approx(0.5467 / 0.5872)
     assert table.retention["LLM-Drop (cosine)", 12] == table.retention["EntroDrop", 12] < 0.95
     assert table.note.str.contains("unverified").all()
+
+
+def test_measured_retention_is_that_of_the_committed_claims():
+    """Of the metrics that have a claim, and guessing is the mean chance over the dense mean of the same table."""
+    models = scale.models_by_size()
+    measured = scale.measured_retention(Profile(), models)
+    for model, rows in measured.groupby("model"):
+        folder = next(
+            RESULTS / model / size for size in scale.BENCHMARK_RUNS if (RESULTS / model / size / "04_claims.csv").is_file()
+        )
+        claims = pd.read_csv(folder / "04_claims.csv").set_index("claim")
+        for row in rows[(rows.rule == "one-shot") & rows.metric.isin(["bucket", "knn", "cosine"])].itertuples():
+            text = f"dropping 37.5% of attention layers by {row.metric} keeps 95% of accuracy; measured: retention"
+            claim = claims.loc[text, ["measured", "low", "high"]]
+            assert [row.retention, row.retention_low, row.retention_high] == pytest.approx(claim.tolist(), abs=1e-5)
+        dense = pd.read_csv(folder / "04_accuracy.csv").query("metric == 'dense' and task == 'mean'").iloc[0]
+        assert rows.guessing.unique().tolist() == [pytest.approx(dense.chance / dense.value)]
+    assert all(line.endswith("%.") for line in scale.retention_lines(measured)) and len(measured)

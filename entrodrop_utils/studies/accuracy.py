@@ -1,6 +1,6 @@
 """Accuracy of pruned models on tasks: which sets are compared, retention with intervals, comparisons, claims and the figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -16,18 +16,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import figures
 from ..claims import BENCHMARKS, HOME_MADE, claim_row, published_figures
 from ..claims import COLUMNS as CLAIM_COLUMNS
+from ..dropping import Repair
 from ..evaluation import losses_by_set
 from ..layerwise import DropSet, set_name
 from ..repairing import maps_by_how
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
-from ..statistics import Interval, comparison, ends, interval_text
+from ..statistics import Interval, comparison, ends, interval_text, share_interval
 from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
 from .methods import KIND_NAMES, RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
 
 BEST_OTHER = "best other"  # stands for the metric, of those that are not named, with the least loss on validation text
+RANDOM_MEAN = "random (mean)"  # the random choices of a kind and number together
 DENSE = Method("dense", "none")
 PAPER_COUNT = ("retention", "retention_low", "retention_high")
 ABOVE_CHANCE = ("retention_above_chance", "above_chance_low", "above_chance_high")
@@ -119,20 +121,24 @@ def with_repaired(
     tasks: Sequence[str],
     items: Mapping[str, int],
     choices: Mapping[Choice, DropSet],
-    windows: Int[Tensor, "sequence token"],
+    repair: Repair,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The table of ``accuracy_table`` with a row for each of these choices after a linear repair: metric "cosine, repaired".
+    """The table of ``accuracy_table`` with a row for each of these choices after a repair: metric "cosine, repaired".
 
     Args:
-        windows: calibration text on which the repair is fitted.
+        repair: of all sub-blocks of the choices, as ``linear_repair`` returns it.
     """
     sets = list(choices.values())
-    repair = maps_by_how(model, {s for drop_set in sets for s in drop_set}, windows, ["linear"])["linear"]
     scores, answers = task_scores_by_set(model, tokenizer, tasks, [(), *sets], items, repair)
     named = {(kind, m._replace(metric=f"{m.metric}, repaired"), n): drop_set for (kind, m, n), drop_set in choices.items()}
     table = accuracy_table(scores, Retentions.of(scores, answers, seed), named)
     return pd.concat([accuracy, table[table.metric != DENSE.metric]], ignore_index=True)
+
+
+def linear_repair(model: PreTrainedModel, sets: Iterable[DropSet], windows: Int[Tensor, "sequence token"]) -> Repair:
+    """The linear repair of every sub-block of these sets, fitted on calibration windows."""
+    return maps_by_how(model, {sub_block for drop_set in sets for sub_block in drop_set}, windows, ["linear"])["linear"]
 
 
 def _mean_row(retentions: Retentions, drop_set: DropSet) -> dict[str, object]:
@@ -198,11 +204,12 @@ def unmeasured(accuracy: pd.DataFrame) -> list[str]:
 
 def task_by_task(accuracy: pd.DataFrame, kind: str, n: int) -> pd.DataFrame:
     """Accuracy of the dense model and of every method without ``n`` sub-blocks: a row per method, a column per task, then the mean
-    and both retentions.
+    and both retentions. Random choices are averaged.
     """
     rows = accuracy[(accuracy.metric == DENSE.metric) | (accuracy.kind == kind) & (accuracy.n_dropped == n)]
     rows = with_labels(rows.assign(first_token=True))
-    means = rows[rows.task == "mean"].set_index("method")[["value", PAPER_COUNT[0], ABOVE_CHANCE[0]]]
+    rows["method"] = rows.method.where(rows.rule != RANDOM, RANDOM_MEAN)
+    means = rows[rows.task == "mean"].groupby("method")[["value", PAPER_COUNT[0], ABOVE_CHANCE[0]]].mean()
     tasks = counted_accuracies(rows[rows.task != "mean"]).pivot_table(index="method", columns="task", values="value", sort=False)
     return tasks.join(means.set_axis(["mean", "retention", "above chance"], axis=1))
 
@@ -211,13 +218,6 @@ def mean_rows(accuracy: pd.DataFrame) -> pd.DataFrame:
     """The means over tasks of every pruned model, with the column ``method`` in front."""
     means = accuracy[(accuracy.task == "mean") & (accuracy.metric != DENSE.metric)]
     return with_labels(means.assign(first_token=True))
-
-
-def retention_table(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy and both retentions with their intervals, as text: a row per kind, number dropped and method."""
-    means = mean_rows(accuracy)
-    texts = {"retention": interval_text(means, PAPER_COUNT, ".0%"), "above chance": interval_text(means, ABOVE_CHANCE, ".0%")}
-    return means[["kind", "n_dropped", "method"]].assign(accuracy=means.value.round(3), **texts).reset_index(drop=True)
 
 
 def retention_sentences(accuracy: pd.DataFrame, n: int, metrics: Sequence[str]) -> str:
@@ -281,9 +281,42 @@ def accuracy_differences(retention: Retention, choices: Mapping[Choice, DropSet]
     for (kind, method, n), sets in groups.items():
         if method != reference and (kind, reference, n) in groups:
             points = accuracy_points(retention, sets, groups[kind, reference, n])
-            label = "random (mean)" if method.rule == RANDOM else method.label
+            label = RANDOM_MEAN if method.rule == RANDOM else method.label
             rows.append((kind, label, method.metric, n, *points, comparison(points.low, points.high)))
     return pd.DataFrame(rows, columns=["kind", "method", "metric", "n_dropped", "points", "low", "high", "verdict"])
+
+
+def place_among_choices(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Where every method lies among the random choices of the same kind and number, by mean accuracy on the same items.
+
+    Args:
+        accuracy: as ``accuracy_table`` returns it.
+    Returns:
+        kind, n_dropped, method, metric, rule, draws (their number), share (of the random choices that are less accurate), low, high
+        (Wilson's interval: it covers the drawing of choices and not that of items), verdict: better or worse than most random
+        choices, or undecided.
+    """
+    means, rows = mean_rows(accuracy), []
+    for (kind, n), group in means.groupby(["kind", "n_dropped"]):
+        draws = group[group.rule == RANDOM].value.to_numpy()
+        for row in group[group.rule != RANDOM].itertuples() if len(draws) else ():
+            share = share_interval(draws < row.value)
+            verdict = comparison(share.low - 0.5, share.high - 0.5)
+            rows.append((kind, n, row.method, row.metric, row.rule, len(draws), *share, verdict))
+    columns = ["kind", "n_dropped", "method", "metric", "rule", "draws", "share", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def place_sentence(places: pd.DataFrame, n: int, metrics: Sequence[str]) -> str:
+    """Which share of the random choices of ``n`` attention layers each metric beats in one shot, as text."""
+    rows = places[
+        (places.kind == "attention") & (places.n_dropped == n) & (places.rule == "one-shot") & places.metric.isin(metrics)
+    ]
+    if rows.empty:
+        return f"No random choice of {n} attention layers was measured."
+    texts = interval_text(rows, ["share", "low", "high"], ".0%")
+    shares = ", ".join(f"{text} less accurate than {metric}" for metric, text in zip(rows.metric, texts, strict=True))
+    return f"Of {rows.draws.iloc[0]} random choices of {n} attention layers: {shares}."
 
 
 def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_layers: int, promised: float) -> Figure:
@@ -305,7 +338,7 @@ def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_l
         labels.append(f"{count} of {n_layers} {KIND_NAMES[kind]}")
         for metric in [*[m for m in metrics if m in set(rows.metric)], *[RANDOM] * (RANDOM in set(rows.metric))]:
             for axis, columns in zip(axes, (PAPER_COUNT, ABOVE_CHANCE), strict=True):
-                _draw(axis, len(labels), rows[rows.metric == metric], columns)
+                draw_retention(axis, len(labels), rows[rows.metric == metric], columns)
             labels.append(metric)
     dense = dense_table(accuracy)
     names = f"as the paper counts it ({len(dense)} tasks)", f"above chance ({(dense['above chance'] == 'yes').sum()} tasks)"
@@ -327,15 +360,15 @@ def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_l
     return figure
 
 
-def _draw(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+def draw_retention(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
     """The retention of one metric with its interval, or of the random draws as ticks."""
     metric = rows.metric.iloc[0]
     for estimate, low, high in rows[list(columns)].itertuples(index=False):
         if metric == RANDOM:
             axis.plot([estimate], [place], "|", color=figures.GREY, markersize=10)
         else:
-            axis.plot([low, high], [place, place], color=figures.COLOURS[metric], linewidth=3, alpha=0.5)
-            axis.plot([estimate], [place], "o", color=figures.COLOURS[metric], markersize=6)
+            axis.plot([low, high], [place, place], color=figures.COLOURS.get(metric, figures.GREY), linewidth=3, alpha=0.5)
+            axis.plot([estimate], [place], "o", color=figures.COLOURS.get(metric, figures.GREY), markersize=6)
 
 
 def accuracy_claims(
@@ -346,14 +379,17 @@ def accuracy_claims(
     compared: tuple[float, int],
     headline: tuple[float, int],
     promised: float,
+    places: pd.DataFrame,
     evidence: str,
 ) -> pd.DataFrame:
-    """The paper's claims about accuracy: entropy against the reference, the promised retention, attention against MLP.
+    """The paper's claims about accuracy: entropy against the reference and random choices, the promised retention, attention
+    against MLP.
 
     Args:
         metrics: those that rank in one shot.
         compared: the fraction at which attention is compared with MLP, and the number of sub-blocks that it is.
         headline: the fraction of attention layers for which the paper promises a retention, and their number.
+        places: of ``place_among_choices``.
         evidence: of ``evidence_of``.
     Returns:
         The columns of a claim; a claim is left out where its number of sub-blocks was not measured.
@@ -365,6 +401,12 @@ def accuracy_claims(
             points = accuracy_points(retentions.paper, groups["attention", metric, n], groups["attention", reference, n])
             text = f"{metric} beats {reference} at {100 * share:g}% of attention layers; measured: points of mean accuracy"
             rows.append(claim_row(text, "abstract", "better", points, evidence=evidence))
+    for metric, (share, n) in product(entropies, (compared, headline)):
+        of_metric = (places.metric == metric) & (places.rule == "one-shot")
+        for row in places[of_metric & (places.kind == "attention") & (places.n_dropped == n)].itertuples():
+            text = f"{metric} beats random choices at {100 * share:g}% of attention layers; measured: share of draws less accurate"
+            place = Interval(row.share, row.low, row.high)
+            rows.append(claim_row(text, "implied", "", place, 0.5, f"{evidence}; {row.draws} draws"))
     for metric, retention in product(metrics, filter(None, retentions)):
         if ("attention", metric, headline[1]) in groups:
             above = retention is retentions.above_chance

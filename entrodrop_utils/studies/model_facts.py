@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..claims import published_figures
 from ..dropping import dropped
 from ..evaluation import losses_by_set, perplexity
-from ..figures import panels
+from ..figures import KIND_COLOURS, KIND_MARKERS, panels
 from ..models import KNOWN
 from ..models.sources import MANIFEST, folder
 from ..paths import RESULTS
@@ -36,7 +36,6 @@ SOURCE_CODE = "source code"
 FILES_PER_PASSAGE = 20  # source files that are looked at; many are too short for a passage
 LOSS, DISTANCE = "loss increase (nats)", "embedding distance (1 - cosine)"
 KIND_NAMES = {"attention": "attention", "mlp": "MLP", "block": "block"}
-LOOKS = {"attention": ("#0072B2", "o"), "mlp": ("#D55E00", "s"), "block": ("#777777", "D")}
 LINES = (("#0072B2", "o-"), ("#D55E00", "s--"), ("#000000", "D:"), ("#009E73", "v-."))
 
 
@@ -312,10 +311,10 @@ def depth_figure(depth: pd.DataFrame) -> Figure:
     groups = list(depth.groupby("model", sort=False))
     figure, axes = panels(len(groups), 1, height=1.9)
     for axis, (name, table) in zip(axes, groups, strict=True):
-        for (kind, (colour, marker)), shift in zip(LOOKS.items(), (-0.2, 0, 0.2), strict=True):
+        for kind, shift in zip(KIND_NAMES, (-0.2, 0, 0.2), strict=True):
             rows = table[table.kind == kind]
             bars = [(rows.cost - rows.low).clip(0), (rows.high - rows.cost).clip(0)]
-            style = {"fmt": marker, "color": colour, "label": KIND_NAMES[kind], "elinewidth": 0.8}
+            style = {"fmt": KIND_MARKERS[kind], "color": KIND_COLOURS[kind], "label": KIND_NAMES[kind], "elinewidth": 0.8}
             axis.errorbar(rows.layer + shift, rows.cost, bars, **style)
         axis.set_yscale("symlog", linthresh=0.1, subs=(3,))
         axis.set(title=name, ylabel=table.measure.iloc[0].replace(" (", "\n("))

@@ -6,13 +6,16 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from scipy.stats import kendalltau
 
-from ..claims import MEASURED, published_figures
+from ..claims import published_figures
 from ..figures import COLOURS, GREY, headed_panels
 from ..models import KNOWN
 from ..paths import RESULTS
 from ..profile import DEFAULT_SIZE, Profile
+from ..statistics import interval_text
+from . import accuracy
 from .methods import METHOD_COLUMNS, RANDOM
 
 # The statements that are compared -> the pattern of their claim
@@ -30,6 +33,7 @@ PANELS = {  # of the figure: title -> words of its statements, and what its axis
     "among random sets": ("beats random", "share of draws\nthat cost more"),
     "attention against MLPs": ("more redundant", "extra loss of dropping\nMLPs (nats)"),
 }
+BENCHMARK_RUNS = ("paper", "large")  # sizes with public benchmarks
 RUNS = (DEFAULT_SIZE, "large")  # sizes with the same amounts of text; large has fewer random choices
 LABEL = {"textcoords": "offset points", "fontsize": 8}
 PAPER_TABLE = "mean accuracy of 13 benchmarks"
@@ -167,43 +171,82 @@ def published_retention() -> pd.DataFrame:
     return rows[["method", "n_dropped", "n_total", "accuracy", "retention", "note"]].reset_index(drop=True)
 
 
-def measured_retention(profile: Profile, models: Iterable[str], size: str = "paper") -> pd.DataFrame:
-    """Retention of accuracy on public benchmarks at 37.5% of attention layers, from the committed claims of notebook 04.
+def measured_retention(profile: Profile, models: Iterable[str]) -> pd.DataFrame:
+    """Retention of accuracy on public benchmarks at 37.5% of attention layers, from the committed tables of notebook 04.
 
     Returns:
-        model, method, retention, low, high, evidence.
+        model, n_dropped, method, metric, rule, retention, retention_low, retention_high, retention_above_chance, above_chance_low,
+        above_chance_high, guessing (the retention of guessing), evidence; one row for each method and each random choice.
     """
-    rows = []
+    parts = []
     for model in models:
-        claims = profile.committed("04_claims.csv", size, model)
-        if claims is not None:
-            parts = claims.claim.str.extract(r"37\.5% of attention layers by (?P<method>\w+) keeps 95% of accuracy" + MEASURED)
-            found = claims.assign(method=parts.method).dropna(subset="method")
-            rows += [(model, row.method, row.measured, row.low, row.high, row.evidence) for row in found.itertuples()]
-    return pd.DataFrame(rows, columns=["model", "method", "retention", "low", "high", "evidence"])
+        table = profile.first_committed(model, "04_accuracy.csv", sizes=BENCHMARK_RUNS)
+        if table is not None:
+            means = accuracy.mean_rows(table)
+            means = means[means.kind == "attention"]
+            means = means[means.n_dropped == means.n_dropped.max()]
+            amount = {"guessing": accuracy.floor(table), "evidence": accuracy.evidence_of(table)}
+            parts.append(means.assign(model=model, **amount))
+    columns = ["model", "n_dropped", "method", "metric", "rule", *accuracy.PAPER_COUNT]
+    columns += ["retention_above_chance", *accuracy.ABOVE_CHANCE[1:], "guessing", "evidence"]
+    return pd.concat(parts)[columns].reset_index(drop=True) if parts else pd.DataFrame(columns=columns)
 
 
 def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str) -> Figure:
-    """The published retention against the share of attention layers dropped, and the measured one at 37.5%."""
-    figure, (axis,) = headed_panels(title, 1, 3.0)
-    axis.axhline(0.95, color="black", linewidth=1)
-    axis.annotate("95%", (0.115, 0.952), fontsize=8, va="bottom")
+    """The published retention against the share of attention layers dropped, and the measured one at 37.5%, by model.
+
+    Args:
+        measured: as ``measured_retention`` returns it; random choices are ticks, grey is guessing.
+    """
+    shown = measured[~measured.metric.str.contains("repaired")]
+    n_rows = sum(1 + group.metric.nunique() for _, group in shown.groupby("model"))
+    figure, (axis, by_model) = headed_panels(title, 2, max(2.6, 1.0 + 0.2 * n_rows))
+    axis.axhline(0.95, color="black", linewidth=0.8, linestyle="--")
     looks = {"EntroDrop": (COLOURS["bucket"], "o-"), "LLM-Drop (cosine)": (COLOURS["cosine"], "s--")}
     for method, (colour, style) in looks.items():
         rows = published[published.method == method]
         axis.plot(rows.n_dropped / rows.n_total, rows.retention, style, color=colour, markersize=5)
         x, y = rows.n_dropped.iloc[-1] / rows.n_total.iloc[-1], rows.retention.iloc[-1]
-        axis.annotate(f"{method},\nLlama-3.1-8B", (x, y), (8, 0), color=colour, va="center", **LABEL)
-    for place, row in enumerate(measured.itertuples()):
-        x, colour = 0.375 + 0.022 * (place + 1), COLOURS.get(row.method, GREY)
-        axis.plot([x, x], [row.low, row.high], color=colour, linewidth=2.5, alpha=0.6)
-        axis.plot(x, row.retention, "D", color=colour, markersize=5)
-        axis.annotate(row.method.replace("knn", "KNN"), (x, row.high), (0, 3), color=colour, ha="center", **LABEL)
-    axis.set(xlabel="share of attention layers dropped", ylabel="accuracy kept", xlim=(0.11, 0.6))
-    axis.yaxis.set_major_formatter("{x:.0%}")
-    axis.xaxis.set_major_formatter("{x:.1%}")
+        axis.annotate(method.replace(" (", "\n("), (x, y), (6, 0), color=colour, va="center", **LABEL)
+    axis.margins(y=0.12)
+    axis.set(title="published, Llama-3.1-8B", xlabel="share of attention layers dropped", ylabel="accuracy kept", xlim=(0.1, 0.74))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.set_xticks(np.unique(published.n_dropped / published.n_total))
+    labels: list[str] = []
+    for model, group in shown.groupby("model", sort=False):
+        start = len(labels)
+        labels.append(model)
+        for metric, rows in group.groupby("metric", sort=False):
+            accuracy.draw_retention(by_model, len(labels), rows, accuracy.PAPER_COUNT)
+            labels.append(metric)
+        by_model.fill_betweenx([start + 0.5, len(labels) - 0.5], 0, group.guessing.iloc[0], color="#ededed", linewidth=0)
+    if labels:
+        lows = [*shown.retention_low, *shown.guessing]
+        by_model.set_xlim(min(lows) - 0.05, max(1.02, shown.retention_high.max() + 0.02))
+        by_model.set_ylim(len(labels) - 0.4, -0.6)
+    by_model.axvline(0.95, color="black", linewidth=0.8, linestyle="--")
+    by_model.set_yticks(range(len(labels)), [label.replace("knn", "KNN") for label in labels])
+    for label in by_model.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in set(shown.model) else "normal")
+    by_model.set(title="measured at 37.5%", xlabel="accuracy kept; grey: guessing")
+    by_model.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    by_model.grid(False, axis="y")
     return figure
+
+
+def retention_lines(measured: pd.DataFrame) -> list[str]:
+    """For each model the retention by cosine, bucket and KNN with intervals, beside that of guessing and of random choices."""
+    lines = []
+    for model, rows in measured.groupby("model", sort=False):
+        named = rows[rows.metric.isin(["cosine", "bucket", "knn"]) & (rows.rule == "one-shot")]
+        texts = zip(named.metric, interval_text(named, accuracy.PAPER_COUNT, ".0%"), strict=True)
+        random = rows[rows.rule == RANDOM].retention
+        drawn = f"; {len(random)} random choices {random.min():.0%} to {random.max():.0%}" if len(random) else ""
+        kept = ", ".join(f"{metric} {text}" for metric, text in texts)
+        n = rows.n_dropped.iloc[0]
+        lines.append(f"{model} without {n} attention layers keeps: {kept}{drawn}; guessing {rows.guessing.iloc[0]:.0%}.")
+    return lines
 
 
 def scale_sentences(statements: pd.DataFrame, taus: pd.DataFrame) -> list[str]:

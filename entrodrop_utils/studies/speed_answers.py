@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 
 from ..claims import published_figures
 from ..evaluation import losses_by_set
-from ..figures import GREY, headed_panels, label_ends
+from ..figures import GREY, KIND_COLOURS, KIND_MARKERS, headed_panels, label_ends
 from ..paths import RESULTS
 from ..profile import slug
 from ..residual import KINDS, SubBlock
 from ..statistics import interval_text, paired_difference, verdict
 from .methods import KIND_NAMES
 from .speed import measured_setting
-from .tradeoff import KIND_COLOURS, KIND_MARKERS
 
 PHASES = {"decode": "decoding", "prefill": "reading the prompt"}
 GOAL = 0.95  # of the ideal speed-up

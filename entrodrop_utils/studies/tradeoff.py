@@ -15,7 +15,7 @@ from .. import search
 from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.decoder import decoder_layers
-from ..figures import COLOURS, GREY, headed_panels, log_axis
+from ..figures import COLOURS, GREY, KIND_COLOURS, KIND_MARKERS, headed_panels, log_axis
 from ..layerwise import DropSet
 from ..progress import progress
 from ..residual import SubBlock, layout_of
@@ -30,8 +30,6 @@ OURS = "lazy greedy"
 MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
-KIND_COLOURS = {"attention": "#0072B2", "mlp": "#D55E00", "block": "#009E73", MIXED: "#000000"}
-KIND_MARKERS = dict(zip(KIND_COLOURS, "osD^", strict=True))
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 LIMIT = 0.5  # nats per token: the increase at which a method is said to fall off
 
