@@ -113,11 +113,11 @@ def pack(sequence: Sequence[Branch]) -> list[PackedLayer]:
     return layers
 
 
-def joined(sequence: Sequence[Branch]) -> list[Branch]:
+def joined_constants(sequence: Sequence[Branch]) -> list[Branch]:
     """The branches with neighbouring constants as one, their sum, as ``pack`` holds them: what a check finds in order.
 
     >>> both = [Branch("constant", SubBlock(i, "attention"), {"bias": torch.full((1,), 2.0)}) for i in range(2)]
-    >>> [branch.weights["bias"].item() for branch in joined(both)]
+    >>> [branch.weights["bias"].item() for branch in joined_constants(both)]
     [4.0]
     """
     joint: list[Branch] = []

@@ -32,7 +32,7 @@ from ..families.decoder import UnsupportedModel, decoder_layers
 from ..files import replacing
 from ..progress import progress
 from ..residual import SubBlock, find, layout_of
-from .branches import Branch, PackedLayer, branches, check_exportable, head_width, joined, kv_bytes, outside, pack
+from .branches import Branch, PackedLayer, branches, check_exportable, head_width, joined_constants, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 from .vocabulary import add_vocabulary, check_vocabulary
 
@@ -415,7 +415,7 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
 
     shift, layout = FAMILIES[config.model_type].shift, layout_of(model)
     zeros = zeros and arch != "deci" and depth == len(decoder_layers(model))
-    left = joined(branches(model))[::-1]  # the next one last
+    left = joined_constants(branches(model))[::-1]  # the next one last
     there = {branch.sub_block for branch in left}
 
     def take(kind: str, number: int) -> Branch:

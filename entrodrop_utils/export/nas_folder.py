@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..families.decoder import UnsupportedModel, decoder_layers
 from ..residual import SubBlock, find
 from ..saving import repeat_rope_settings
-from .branches import Branch, PackedLayer, branches, check_exportable, head_width, joined, kv_bytes, outside, pack
+from .branches import Branch, PackedLayer, branches, check_exportable, head_width, joined_constants, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -316,7 +316,7 @@ def check_folder(path: str | Path, model: PreTrainedModel) -> None:
 
 def _check_blocks(path: Path, model: PreTrainedModel, settings: dict, take: Callable[..., Tensor]) -> None:
     """The layers of ``nemotron-nas``, one after the other, against what the model adds to its stream."""
-    left = joined(branches(model))[::-1]  # the next one last
+    left = joined_constants(branches(model))[::-1]  # the next one last
     dim, heads, width = settings["hidden_size"], settings["num_attention_heads"], settings["head_dim"]
 
     def following(kind: str, number: int) -> Branch:
