@@ -163,7 +163,11 @@ class Page {
   }
 
   get(name) { return this.model.get(name); }
-  send(message) { this.model.send(message); }
+  /** What was drawn for other settings is dimmed at once; the status that Python answers with, `waiting` or not, decides. */
+  send(message) {
+    if (message.do === "set") this.part.drawn.classList.add("ed-stale");
+    this.model.send(message);
+  }
 
   /** After Run All, Lab shows the last cell: come back into sight, until a person does something or a minute is over. */
   stay() {

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import text
 from ..cached_scoring import cached_score, entropy_curve
 from ..dropping import dropped
-from ..evaluation import Estimate, IncrementalLosses, losses_by_set
+from ..evaluation import Estimate, IncrementalLosses, perplexity
 from ..generation import ModelSize, Reading, continue_text, decoding_rate, model_size, read_text
 from ..layerwise import DropSet
 from ..models import check_model, load_model
@@ -204,7 +204,8 @@ class LoadedModel:
                 return NOTHING
             with suppress(ValueError):  # a text of too few windows
                 maps = repair(self.model, drop_set, self.calibration(made))
-                return Estimate.of(losses_by_set(self.model, self.evaluation(settings), [drop_set], maps).nll.to_numpy())
+                with dropped(self.model, drop_set, maps) as model:
+                    return perplexity(model, self.evaluation(settings))
             return NOTHING
 
         return self._once("repaired", drop, settings, made, compute=fitted)

@@ -51,7 +51,7 @@ class Page:
     def __init__(self, explorer: Explorer, n: int | None = None, by_hand: dict[SubBlock, bool] | None = None):
         self.explorer, self.session = explorer, Session(explorer.settings)
         self._drawing = threading.RLock()
-        self._phase, self._step, self._share, self._described = "", ("", None), {}, {}
+        self._phase, self._step, self._share, self._described, self._heard = "", ("", None), {}, {}, 0
         self.widget = ExplorerWidget(
             lists={
                 "models": OFFERED,
@@ -75,6 +75,7 @@ class Page:
     def receive(self, message: dict) -> None:
         """A message of the browser: ``do`` names what, the rest are its arguments."""
         arguments = {name: value for name, value in message.items() if name != "do"}
+        self._heard += 1
         try:
             if message["do"] in CHOOSING:
                 getattr(self.session, message["do"])(**arguments)
@@ -252,6 +253,7 @@ class Page:
             "waiting": self.session.waiting,
             "error": self.session.error,
             "about": self._described,
+            "heard": self._heard,  # so that every message has an answer, also where nothing else changes
         }
 
     def _draw(self) -> None:
