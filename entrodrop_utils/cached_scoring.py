@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import cache, scoring
 from .dropping import dropped
+from .processes import n_processes, split_map
 from .residual import SubBlock
 from .scoring import Metric, is_entropy
 
@@ -22,10 +23,25 @@ def measure_cached(
     entries = {key: cache.subkey(base, metric, "" if is_entropy(metric) else tuple(kinds)) for key, metric in metrics.items()}
     tables = {key: cache.read("scores", entry) for key, entry in entries.items()}
     if missing := {key: metric for key, metric in metrics.items() if tables[key] is None}:
-        for key, table in scoring.measure(model, windows, missing, kinds, label).items():
+        for key, table in _measure_split(model, windows, missing, kinds, label).items():
             tables[key] = table
             cache.write("scores", entries[key], table)
     return tables
+
+
+def _measure_split(
+    model: nn.Module, windows: Int[Tensor, "sequence token"], metrics: Mapping[Hashable, Metric], kinds: Sequence[str], label: str
+) -> dict[Hashable, pd.DataFrame]:
+    """``scoring.measure`` with the windows split over the processes."""
+
+    def measured(process: int) -> dict[Hashable, pd.DataFrame]:
+        own = range(process, len(windows), n_processes())
+        tables = scoring.measure(model, windows[process :: n_processes()], metrics, kinds, label) if own else {}
+        return {key: table.assign(sequence=table.sequence.map(own.__getitem__)) for key, table in tables.items()}
+
+    parts = split_map(measured, range(n_processes()))
+    tables = {key: pd.concat([part[key] for part in parts if part]) for key in metrics}
+    return {key: table.sort_values("sequence", kind="stable", ignore_index=True) for key, table in tables.items()}
 
 
 cached_score = functools.partial(scoring.score, measure=measure_cached)

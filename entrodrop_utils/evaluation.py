@@ -17,6 +17,7 @@ from .dropping import Repair, dropped
 from .families.decoder import decoder_layers
 from .families.self_check import evaluation_mode, measuring
 from .layerwise import MAX_TOKENS, Bar, DropSet, LayerwiseForward, distinct_sets, set_name
+from .processes import n_processes, share_of, split_map
 from .progress import progress, report_step
 from .residual import SubBlock, check_tokens
 
@@ -126,27 +127,29 @@ def losses_by_set(
 ) -> pd.DataFrame:
     """Loss and divergence of the model without each of many sets of sub-blocks, repaired if a repair is given.
 
-    Two sets that agree on the first n layers share the states up to there. Repeated sets, and sets that were evaluated before on
-    this model and text, are not evaluated again. The order inside a set does not matter; the empty set is the dense model.
+    Batches of windows are split over the processes (``processes.split_map``). Two sets that agree on the first n layers share the
+    states up to there. Repeated sets, and sets that were evaluated before on this model and text, are not evaluated again. The
+    order inside a set does not matter; the empty set is the dense model.
 
     Returns:
         set (the sorted tuple of its sub-blocks), window, nll, kl (nats per token).
     """
     _check_windows(model, windows)
     named, batches = {set_name(drop_set): drop_set for drop_set in distinct_sets(model, sets)}, _batches(windows)
-    tables, first = [], 0
-    with Bar(len(named) * len(batches), "evaluating sets") as done:
-        base = cache.repaired(cache.model_key(model, "evaluation"), repair)
-        for ids in batches:
+    base = cache.repaired(cache.model_key(model, "evaluation"), repair)
+    with Bar(len(named) * len(share_of(len(batches))), "evaluating sets") as done:
 
-            def compute(missing: list[str], ids=ids) -> pd.DataFrame:
+        def measured(batch: int) -> pd.DataFrame:
+            ids = batches[batch]
+
+            def compute(missing: list[str]) -> pd.DataFrame:
                 drop_sets = [named[name] for name in missing]
-                return _losses(model, ids.to(model.device), drop_sets, repair, check=ids is batches[0], done=done)
+                return _losses(model, ids.to(model.device), drop_sets, repair, check=batch < n_processes(), done=done)
 
             losses = cache.rows_by_set("losses", cache.subkey(base, cache.tensor_digest(ids)), named, compute, done)
-            tables.append(losses.assign(window=losses.window + first))
-            first += len(ids)
-    table = pd.concat(tables, ignore_index=True)
+            return losses.assign(window=losses.window + batch * len(batches[0]))
+
+        table = pd.concat(split_map(measured, range(len(batches))), ignore_index=True)
     return table.assign(set=table.set.map(named))
 
 

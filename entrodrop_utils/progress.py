@@ -11,6 +11,8 @@ from typing import TypeVar
 from tqdm import tqdm as terminal_bar
 from tqdm.auto import tqdm as page_bar
 
+from .processes import is_main_process
+
 T = TypeVar("T")
 # The runner sets this to a file and shows its text in the terminal: a bar drawn inside a cell would be committed as a dead widget
 HEADLESS = "ENTRODROP_PROGRESS"
@@ -40,8 +42,10 @@ def notice(message: str) -> None:
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """The items one by one, with a labelled bar that disappears when they are done."""
-    if LISTENER.get():
+    """The items one by one, with a labelled bar that disappears when they are done; of several processes the main one shows it."""
+    if not is_main_process():
+        yield from items
+    elif LISTENER.get():
         total = len(items) if total is None and hasattr(items, "__len__") else total
         for done, item in enumerate(items):
             report_step(label, done, total)

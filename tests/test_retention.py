@@ -45,15 +45,14 @@ def test_retention_is_that_of_a_plain_loop(tasks, above):
     dense, pruned = (np.mean([RIGHT[t][i] for t in used]) - off for i in (0, 1))
     share, low, high = found.share([DROPPED], above)
     assert share == pytest.approx(pruned / dense)
-    of = accuracies(items)
+    of = accuracies(items).sort_values("item")
+    by_task = {t: [of[(of.task == t) & (of.set.map(len) == len(one))].value.to_numpy() for one in ((), DROPPED)] for t in used}
     generator, draws = np.random.default_rng(1), []
     for _ in range(2000):
         mean = np.zeros(2)
         for task in used:
             pick = generator.integers(200, size=200)
-            for i, one in enumerate(((), DROPPED)):
-                values = of[(of.task == task) & (of.set.map(len) == len(one))].sort_values("item").value.to_numpy()
-                mean[i] += values[pick].mean() / len(used)
+            mean += [values[pick].mean() / len(used) for values in by_task[task]]
         draws.append((mean[1] - off) / (mean[0] - off))
     assert (low, high) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=0.01)
     assert found.share([()], above) == (1, 1, 1)

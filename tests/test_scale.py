@@ -70,4 +70,4 @@ def test_measured_retention_is_that_of_the_committed_claims():
             assert [row.retention, row.retention_low, row.retention_high] == pytest.approx(claim.tolist(), abs=1e-5)
         dense = pd.read_csv(folder / "04_accuracy.csv").query("metric == 'dense' and task == 'mean'").iloc[0]
         assert rows.guessing.unique().tolist() == [pytest.approx(dense.chance / dense.value)]
-    assert all(line.endswith("%.") for line in scale.retention_sentences(measured)) and len(measured)
+    assert all(line.endswith("%.") for line in scale.retention_lines(measured)) and len(measured)

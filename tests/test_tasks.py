@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from families import tiny
+from lm_eval.api.instance import Instance
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from entrodrop_utils import saving
@@ -156,6 +158,11 @@ def own(tmp_path_factory):
     for name in ("choice_one", "choice_two"):
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{head}{choice}")
     (folder / "word.yaml").write_text(f"task: word\n{head}{word}")
+    filters = "filter_list: [{name: whole, filter: [{function: take_first}]}, {name: first, filter: [{function: regex, "
+    filters += "regex_pattern: '(\\\\w+)'}, {function: take_first}]}]\n"
+    free = f"output_type: generate_until\ndoc_to_target: '{{{{c[0]}}}}'\nmetric_list: [{{metric: exact_match}}]\n{filters}"
+    free += "generation_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
+    (folder / "free.yaml").write_text(f"task: free\n{head}{free}")
     metric = "aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]"
     (folder / "both.yaml").write_text(f"group: both\ntask: [choice_one, choice_two]\n{metric}\n")
     return str(folder)
@@ -176,6 +183,35 @@ def test_scores_and_items_of_tasks(smollm2, own):
     assert (dense.chance["acc"], dense.n["acc"]) == (0, 12)
     logprobs = items[(items.metric == "perplexity") & (items.set.map(len) == 0)].value
     assert dense.value["perplexity"] == pytest.approx(np.exp(-logprobs.mean()))
+
+
+def test_each_pruned_model_generates_its_own_answers(model, own, monkeypatch):
+    """The text of a plain greedy loop over single prompts, by set; a second run reads the cache."""
+    words = {f"w{n}": n for n in range(100)} | {"</s>": 100}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    lm, asked = harness.PrunedLM(model, tokenizer, SETS), []
+    generate = harness.HFLM.generate_until
+    monkeypatch.setattr(harness.HFLM, "generate_until", lambda *args, **named: asked.append(lm.current) or generate(*args, **named))
+    prompts, settings = ["w1 w2", "w5 w7 w9 w3", "w8"], {"until": ["w99 w99"], "max_gen_toks": 6, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text, settings), 0) for text in prompts]
+    texts = {}
+    for one in lm.sets:
+        lm.current = one
+        texts[one] = lm.generate_until(requests)
+        with dropped(model, one):
+            for prompt, text in zip(prompts, texts[one], strict=True):
+                ids = tokenizer(prompt, return_tensors="pt").input_ids
+                for _ in range(6):
+                    ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+                assert text.split() == [f"w{n}" for n in ids[0, -6:].tolist()]
+    assert len({tuple(found) for found in texts.values()}) == len(SETS)
+    assert asked == lm.sets and lm.generate_until(requests) == texts[lm.sets[-1]] and asked == lm.sets
+    scores, items = harness.evaluate_task(lm, "free", 3, own)
+    assert scores.metric.tolist() == ["exact_match (whole)", "exact_match (first)"] * len(SETS)
+    assert set(items.metric) == set(scores.metric) and scores.chance.isna().all()
 
 
 def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tokenizer):

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..processes import local_process, n_processes
 from ..saving import load_pruned
 from .dequantise import quiet_transformers, require_complete
 from .downloads import ModelUnavailable
@@ -97,6 +98,8 @@ def _device(name: str) -> torch.device:
     there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
     if name != "auto" and name.partition(":")[0] not in there:
         raise ValueError(f"unknown device {name!r}: this machine has {', '.join(there)}")
+    if name == "auto" and there[-1] == "cuda" and n_processes() > 1:  # started together: one accelerator each
+        return torch.device("cuda", local_process())
     return torch.device(there[-1] if name == "auto" else name)
 
 

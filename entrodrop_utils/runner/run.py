@@ -24,6 +24,7 @@ from ..claims import join_claims
 from ..files import replacing, write_text
 from ..models import KNOWN, check_model
 from ..paths import BUILD, FIGURES, NOTEBOOKS, RESULTS, ROOT, SIZES
+from ..processes import is_main_process, n_processes
 from ..profile import DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, OUTPUT, Profile, plain_name, short_hash
 from ..progress import HEADLESS
 from ..text import check_text
@@ -105,7 +106,7 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> nbfo
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
     run = output / notebook.name
-    with patch.dict(os.environ, {OUTPUT: str(output)}):
+    with patch.dict(os.environ, {OUTPUT: str(output)} | _meeting_point(notebook)):
         papermill.execute_notebook(
             _literal(notebook),
             _literal(run),
@@ -116,6 +117,14 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> nbfo
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # an error is in the cell's output
         )
     return cleaned(nbformat.read(run, as_version=4))
+
+
+def _meeting_point(notebook: Path) -> dict[str, str]:
+    """The variables with which the kernels of several processes connect: a port for each notebook, since each has new kernels."""
+    if n_processes() == 1:
+        return {}
+    port = int(os.environ["MASTER_PORT"]) + 1 + available().index(notebook)
+    return {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def move_into_place(profile: Profile, rendered: Path) -> list[Path]:
@@ -172,6 +181,8 @@ def run_parameters(model: str, size: str, text: str, seed: int, settings: str, n
 def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: str = "") -> int:
     """Run the notebooks in order and print a report; the exit status: 0, or 1 if one failed.
 
+    Of several processes (``accelerate launch``) each runs the notebooks, and computes its share; the main one keeps the files.
+
     Raises:
         ValueError: anything that does not exist, before anything runs.
     """
@@ -181,7 +192,8 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
     identity = {name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters}
     default, report = is_default(Profile(**identity)), []
     for number, notebook in enumerate(notebooks, 1):
-        print(f"[{number}/{len(notebooks)}] {notebook.stem} ({Profile(**identity).folder})", flush=True)
+        if is_main_process():
+            print(f"[{number}/{len(notebooks)}] {notebook.stem} ({Profile(**identity).folder})", flush=True)
         start, before, stage = time.monotonic(), _most_memory(), None
         try:
             stage = Path(tempfile.mkdtemp(prefix="run-", dir=BUILD))
@@ -189,6 +201,9 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
             with _shown_in_terminal(stage / "progress"):
                 own = {name: value for name, value in parameters.items() if name in known}
                 result = execute(notebook, own, stage)
+            if not is_main_process():
+                shutil.rmtree(stage, ignore_errors=True)
+                continue
             if default and (wrong := problems(result)):  # other runs are not committed
                 raise RuntimeError(f"the rendered notebook cannot be committed: {'; '.join(wrong)}")
             write_notebook(result, stage / notebook.name)
@@ -209,11 +224,11 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
             reason = reason_of(error, held if held > 1.5 * before else 0)
             half_run = f"{stage.relative_to(ROOT) / notebook.name} ({reason})" if stage else reason  # it stays there
             report.append((notebook.stem, "FAILED", time.monotonic() - start, half_run))
-    width = max(len(row[0]) for row in report)
+    width = max((len(row[0]) for row in report), default=0)
     for name, status, seconds, where in report:
         print(f"{name:{width}}  {status:6}  {seconds / 60:5.1f} min  {where}")
     failed = any(status == "FAILED" for _, status, *_ in report)
-    if default and not failed:
+    if default and not failed and is_main_process():
         update_index()
     return int(failed)
 

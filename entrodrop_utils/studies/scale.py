@@ -235,7 +235,7 @@ def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str
     return figure
 
 
-def retention_sentences(measured: pd.DataFrame) -> list[str]:
+def retention_lines(measured: pd.DataFrame) -> list[str]:
     """For each model the retention by cosine, bucket and KNN with intervals, beside that of guessing and of random choices."""
     lines = []
     for model, rows in measured.groupby("model", sort=False):

@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness: its definitions, prompts, metrics and standard errors, with our own log-likelihoods.
 
 The harness asks a model for log-likelihoods of continuations. When it asks the first time, ``loglikelihoods_by_set`` computes those
-of all sets of dropped sub-blocks.
+of all sets of dropped sub-blocks. Of tasks with free answers it asks for continuations, which each pruned model generates itself.
 """
 
 import difflib
@@ -18,12 +18,16 @@ from unittest import mock
 import lm_eval
 import numpy as np
 import pandas as pd
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tqdm.std import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..dropping import Repair
-from ..layerwise import distinct_sets
+from .. import cache
+from ..dropping import Repair, dropped
+from ..layerwise import Bar, distinct_sets, set_name
+from ..processes import share_of, split_map
 from ..residual import SubBlock
 from ..text import quiet_datasets
 from .loglikelihoods import loglikelihoods_by_set
@@ -35,6 +39,7 @@ class TaskUnavailable(RuntimeError):
 
 BOOTSTRAP = 1000  # draws, for the standard errors of metrics that are no means
 FEWSHOT_SEED = 1234  # that of the harness's own command line
+GENERATED = 8  # answers that are generated at a time
 
 
 class PrunedLM(HFLM):
@@ -48,7 +53,7 @@ class PrunedLM(HFLM):
         repair: Repair | None = None,
     ):
         with quiet_harness():
-            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1)
+            super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=GENERATED)
         self.sets, self.repair = distinct_sets(model, sets), repair
         self.current, self.answers = self.sets[0], {one: {} for one in self.sets}
 
@@ -62,6 +67,28 @@ class PrunedLM(HFLM):
             for one, found in loglikelihoods_by_set(self.model, missing, self.sets, self.repair).items():
                 self.answers[one].update(found)
         return [self.answers[self.current][question] for question in questions]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model without ``current`` answers, batch by batch, long prompts first; batches are split over the processes."""
+        order = sorted(range(len(requests)), key=lambda n: (-len(requests[n].args[0]), n))
+        batches = [order[start : start + GENERATED] for start in range(0, len(order), GENERATED)]
+        base, name = cache.repaired(cache.model_key(self.model, "tasks.harness"), self.repair), set_name(self.current)
+        with Bar(len(share_of(len(batches))), f"{len(requests)} answers") as done:
+
+            def answered(batch: list[int]) -> list[str]:
+                chosen = [requests[n] for n in batch]
+
+                def compute(_: list[str]) -> pd.DataFrame:
+                    with dropped(self.model, self.current, self.repair):
+                        texts = super(PrunedLM, self).generate_until(chosen, disable_tqdm=True)
+                    done()
+                    return pd.DataFrame({"set": name, "text": texts})
+
+                entry = cache.subkey(base, lm_eval.__version__, *(str(request.args) for request in chosen))
+                return cache.rows_by_set("generated", entry, [name], compute, done).text.tolist()
+
+            texts = [text for part in split_map(answered, batches) for text in part]
+        return [text for _, text in sorted(zip(order, texts, strict=True))]
 
 
 @functools.cache
@@ -135,7 +162,7 @@ def _scores(found: dict, name: str, chances: dict[str, float]) -> Iterator[tuple
         ):
             chance = sum(chances[one] * done[one] for one in within) / n if metric.startswith("acc") else math.nan
             stderr = of.get(f"{metric}_stderr,{kept}")
-            yield task, metric, float(value), math.nan if stderr in (None, "N/A") else float(stderr), chance, n
+            yield task, _metric_name(metric, kept), float(value), math.nan if stderr in (None, "N/A") else float(stderr), chance, n
 
 
 def _items(found: dict) -> Iterator[tuple]:
@@ -144,7 +171,12 @@ def _items(found: dict) -> Iterator[tuple]:
         for sample in samples:
             for metric in sample["metrics"]:
                 if isinstance(sample[metric], (bool, int, float)):
-                    yield task, metric, sample["doc_id"], float(sample[metric])
+                    yield task, _metric_name(metric, sample["filter"]), sample["doc_id"], float(sample[metric])
+
+
+def _metric_name(metric: str, kept: str) -> str:
+    """A metric, with the filter that reads the answer from the text where a task has several."""
+    return metric if kept == "none" else f"{metric} ({kept})"
 
 
 @contextmanager
@@ -157,7 +189,7 @@ def quiet_harness() -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for bar in ("lm_eval.api.task.tqdm", "lm_eval.api.model.tqdm", "lm_eval.models.huggingface.tqdm", "tqdm.tqdm"):
-                stack.enter_context(mock.patch(bar, lambda items, *_, **__: items))
+                stack.enter_context(mock.patch(bar, lambda *args, **named: tqdm(*args, **named | {"disable": True})))
             stack.enter_context(mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
             stack.enter_context(redirect_stdout(StringIO()))
             stack.enter_context(quiet_datasets())

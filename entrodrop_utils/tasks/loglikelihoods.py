@@ -15,6 +15,7 @@ from .. import cache
 from ..dropping import Repair
 from ..families.self_check import measuring
 from ..layerwise import MAX_TOKENS, Bar, DropSet, LayerwiseForward, set_name
+from ..processes import n_processes, share_of, split_map
 
 Question = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a context and of a continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation (nats), and whether greedy decoding would give it
@@ -26,20 +27,29 @@ PACKED = 512  # tokens: the longest row of a context with several continuations
 def loglikelihoods_by_set(
     model: PreTrainedModel, questions: Sequence[Question], sets: Sequence[DropSet], repair: Repair | None = None
 ) -> dict[DropSet, dict[Question, Answer]]:
-    """The answers of the model without each of the sets (of ``distinct_sets``) to each question, repaired if a repair is given."""
+    """The answers of the model without each of the sets (of ``distinct_sets``) to each question, repaired if a repair is given.
+
+    Batches of questions are split over the processes (``processes.split_map``).
+    """
     batches = list(_batches(_rows(questions, _longest_packed(model))))
     named = {set_name(one): one for one in sets}
     answers: dict[DropSet, dict[Question, Answer]] = {one: {} for one in sets}
     base = cache.repaired(cache.model_key(model, "tasks.loglikelihoods"), repair)
-    with Bar(len(batches) * len(named), f"{len(questions)} questions") as done:
-        for rows in batches:
+    with Bar(len(share_of(len(batches))) * len(named), f"{len(questions)} questions") as done:
 
-            def compute(missing: list[str], rows=rows) -> pd.DataFrame:
-                return _answered(model, rows, [named[name] for name in missing], repair, rows is batches[0], done)
+        def answered(batch: int) -> pd.DataFrame:
+            rows = batches[batch]
 
-            asked = [(context, continuation) for context, continuations in rows for continuation in continuations]
-            for row in cache.rows_by_set("answers", cache.subkey(base, rows), named, compute, done).itertuples():
-                answers[named[row.set]][asked[row.question]] = (row.logprob, row.greedy)
+            def compute(missing: list[str]) -> pd.DataFrame:
+                return _answered(model, rows, [named[name] for name in missing], repair, batch < n_processes(), done)
+
+            return cache.rows_by_set("answers", cache.subkey(base, rows), named, compute, done)
+
+        tables = split_map(answered, range(len(batches)))
+    for rows, table in zip(batches, tables, strict=True):
+        asked = [(context, continuation) for context, continuations in rows for continuation in continuations]
+        for row in table.itertuples():
+            answers[named[row.set]][asked[row.question]] = (row.logprob, row.greedy)
     return answers
 
 
