@@ -100,7 +100,7 @@ def random_order(candidates: Iterable[SubBlock], seed: int | list[int] = 0) -> l
     return [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
 
 
-def random_sets(
+def matched_draws(
     counts: Mapping[str, int], pools: Mapping[str, Iterable[SubBlock]], draws: int, seed: int = 0
 ) -> list[tuple[SubBlock, ...]]:
     """Random sets with a given number of sub-blocks of each kind; none where that cannot be or blocks and parts could overlap.

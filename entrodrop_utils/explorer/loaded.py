@@ -23,7 +23,7 @@ from ..models import check_model, load_model
 from ..profile import DEFAULT_TEXT
 from ..progress import report_step
 from ..residual import KINDS, SubBlock, find
-from ..selection import PUBLISHED_PROTECTED, one_shot, protected_layers, random_sets
+from ..selection import PUBLISHED_PROTECTED, one_shot, protected_layers, matched_draws
 from ..statistics import Interval, share_interval
 from .settings import PROMPT, Settings
 
@@ -75,7 +75,7 @@ class LoadedModel:
         self._results: dict[tuple, object] = {}
         protected = protected_layers(PUBLISHED_PROTECTED, self.depth)
         pools = {kind: [s for s in self.sub_blocks[kind] if s.layer not in protected] for kind in KINDS}
-        self._sets = functools.cache(lambda *counts: random_sets(dict(zip(KINDS, counts, strict=True)), pools, DRAWS, seed))
+        self._sets = functools.cache(lambda *counts: matched_draws(dict(zip(KINDS, counts, strict=True)), pools, DRAWS, seed))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
