@@ -23,7 +23,7 @@ from ..models import check_model, load_model
 from ..profile import DEFAULT_TEXT
 from ..progress import report_step
 from ..residual import KINDS, SubBlock, find
-from ..selection import PUBLISHED_PROTECTED, one_shot, protected_layers, matched_draws
+from ..selection import PUBLISHED_PROTECTED, matched_draws, one_shot, protected_layers
 from ..statistics import Interval, share_interval
 from .settings import PROMPT, Settings
 
