@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce models fetch test test-all test-browser test-export test-llama-cpp lint sweep bench lab html lock clean clean-cache
+.PHONY: help env reproduce models fetch test test-all test-browser test-export test-llama-cpp lint sweep bench bench-explorer lab html lock clean clean-cache
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,10 @@ sweep: env ## many runs on JOBS workers, or on a dask cluster: SWEEP=file.toml J
 bench: env ## speed as ratios measured side by side, on an idle machine: MODEL=... DEVICE=cpu|cuda
 	$(PY) tests/bench.py --model "$(MODEL)" --device "$(DEVICE)"
 	$(PY) -m entrodrop_utils.studies.speed --model "$(MODEL)" --device "$(DEVICE)"
+
+bench-explorer: env ## what a person waits for in the explorer, and its memory in 200 actions, on an idle machine with a browser
+	$(PY) -m pytest tests/browser/test_explorer_notebook.py -m slow -rs
+	cp build/explorer.csv data/results/explorer.csv
 
 lab: env ## open JupyterLab on copies of the notebooks in build/lab: autosave leaves the tracked ones as they are
 	@mkdir -p build/lab

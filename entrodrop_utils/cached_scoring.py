@@ -1,14 +1,17 @@
 """``score`` and ``entropies`` with the on-disk cache: a metric that was measured before on the same model and text is read."""
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import cache, scoring
+from .dropping import dropped
 from .processes import n_processes, split_map
+from .residual import SubBlock
 from .scoring import Metric, is_entropy
 
 
@@ -43,3 +46,22 @@ def _measure_split(
 
 cached_score = functools.partial(scoring.score, measure=measure_cached)
 cached_entropies = functools.partial(scoring.entropies, measure=measure_cached)
+
+
+def entropy_curve(
+    model: nn.Module, windows: Int[Tensor, "sequence token"], metric: Metric, sub_blocks: Iterable[SubBlock] = ()
+) -> Float[np.ndarray, "endpoint"]:
+    """Mean entropy at each of the 2 L + 1 endpoints of the model without some sub-blocks, nats.
+
+    A dropped sub-block passes the stream unchanged. The pruned model has no endpoint inside a dropped block; there, the curve has
+    the value before the block.
+    """
+    gone = set(sub_blocks)
+    if not gone:
+        return cached_entropies(model, windows, {"curve": metric}).groupby("endpoint").value.mean().to_numpy()
+    with dropped(model, gone) as pruned:
+        mean = scoring.entropies(pruned, windows, {"curve": metric}).groupby("endpoint").value.mean().to_numpy()
+    values, rest = [mean[0]], list(mean[1:])
+    while rest or SubBlock(len(values) // 2, "block") in gone:
+        values += [values[-1]] * 2 if SubBlock(len(values) // 2, "block") in gone else [rest.pop(0), rest.pop(0)]
+    return np.array(values)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -169,19 +170,42 @@ def _losses(
 class IncrementalLosses:
     """Loss and divergence of one set of sub-blocks after another on the same windows; later sets reuse the states of earlier ones.
 
-    It holds the dense model's states and predictions, every result, and the newest states inside pruned models.
+    It holds the dense model's states and predictions, every result, and the newest states inside pruned models. What an earlier run
+    kept on disk is read when it is asked for.
+
+    Args:
+        max_bytes: of the states inside pruned models.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"]):
+    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"], max_bytes: int = MAX_BYTES):
         _check_windows(model, windows)
-        self.model, self.states = model, {}
+        self.model, self.states, self.max_bytes = model, {}, max_bytes
+        self._key = cache.subkey(cache.model_key(model, "evaluation"), cache.tensor_digest(windows))
         with evaluation_mode(model):
             batches = progress(_batches(windows), "the dense model")
             self.forwards = [LayerwiseForward(model, ids.to(model.device)) for ids in batches]
-            dense = [forward.logits(state) for forward in self.forwards for _, state in forward.last_states([()])]
-            self.references = [_Reference(forward.ids, logits) for forward, logits in zip(self.forwards, dense, strict=True)]
-            self.results = {(): self._compare(dense)}
+            self.references, values = [], []
+            for forward in self.forwards:  # one batch of logits at a time: they are as large as the predictions that stay
+                ((_, state),) = forward.last_states([()])
+                logits = forward.logits(state)
+                self.references.append(_Reference(forward.ids, logits))
+                values.append(self.references[-1].compare(logits))
+            self.results = {(): self._estimates(values)}
+
+    @cached_property
+    def _kept(self) -> dict[str, pd.DataFrame]:
+        table = cache.read("incremental", self._key)
+        return {} if table is None else dict(tuple(table.groupby("set")))
+
+    def keep(self) -> None:
+        """Add the results that are new since the last call to the cache on disk."""
+        before = len(self._kept)
+        for drop_set, (loss, kl) in list(self.results.items()):
+            name = set_name(drop_set)
+            self._kept.setdefault(name, pd.DataFrame({"set": name, "nll": loss.per_window, "kl": kl.per_window}))
+        if len(self._kept) > before:
+            cache.write("incremental", self._key, pd.concat(list(self._kept.values()), ignore_index=True))
 
     @torch.inference_mode()
     def __call__(self, sub_blocks: Iterable[SubBlock]) -> tuple[Estimate, Estimate]:
@@ -190,14 +214,21 @@ class IncrementalLosses:
         if drop_set not in self.results:
             with dropped(self.model, drop_set):  # refuses a set that cannot be dropped
                 pass
-            with evaluation_mode(self.model):
-                logits = [forward.logits(self._last_state(i, drop_set)) for i, forward in enumerate(self.forwards)]
-                self.results[drop_set] = self._compare(logits)
+            if (rows := self._kept.get(set_name(drop_set))) is not None:
+                self.results[drop_set] = (Estimate.of(rows.nll.to_numpy()), Estimate.of(rows.kl.to_numpy()))
+            else:
+                with evaluation_mode(self.model):
+                    values = [
+                        reference.compare(forward.logits(self._last_state(i, drop_set)))
+                        for i, (forward, reference) in enumerate(zip(self.forwards, self.references, strict=True))
+                    ]
+                    self.results[drop_set] = self._estimates(values)
         return self.results[drop_set]
 
-    def _compare(self, logits: list[Tensor]) -> tuple[Estimate, Estimate]:
-        values = zip(*(r.compare(batch) for r, batch in zip(self.references, logits, strict=True)), strict=True)
-        return tuple(Estimate.of(torch.cat(value).double().cpu().numpy()) for value in values)
+    @staticmethod
+    def _estimates(values: Iterable[tuple[Tensor, Tensor]]) -> tuple[Estimate, Estimate]:
+        """Loss and divergence of all windows, from those of each batch."""
+        return tuple(Estimate.of(torch.cat(value).double().cpu().numpy()) for value in zip(*values, strict=True))
 
     def _last_state(self, i: int, drop_set: DropSet) -> Tensor:
         """The state of batch ``i`` after the last layer, from the deepest layer whose input is known."""
@@ -210,6 +241,6 @@ class IncrementalLosses:
             state = forward.layer(n, state, tuple(s for s in drop_set if s.layer == n))
             if above[n + 1]:
                 self.states[i, n + 1, above[n + 1]] = state
-        while len(self.states) * state.nbytes > MAX_BYTES:
+        while len(self.states) * state.nbytes > self.max_bytes:
             del self.states[next(iter(self.states))]
         return state

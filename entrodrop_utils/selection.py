@@ -1,6 +1,6 @@
 """Selection: from scores to the sub-blocks to drop, always an explicit list, first dropped first."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -98,6 +98,23 @@ def random_order(candidates: Iterable[SubBlock], seed: int | list[int] = 0) -> l
     """The candidates in a random order, which does not depend on the order they are given in."""
     ordered = sorted(candidates)
     return [ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))]
+
+
+def matched_draws(
+    counts: Mapping[str, int], pools: Mapping[str, Iterable[SubBlock]], draws: int, seed: int = 0
+) -> list[tuple[SubBlock, ...]]:
+    """Random sets with a given number of sub-blocks of each kind; none where that cannot be or blocks and parts could overlap.
+
+    Args:
+        counts: kind -> how many of it.
+        pools: kind -> those that may be drawn.
+    """
+    total = sum(counts.values())
+    ordered = {kind: list(pool) for kind, pool in pools.items()}
+    if not total or 0 < counts.get("block", 0) < total or any(n > len(ordered[kind]) for kind, n in counts.items()):
+        return []
+    orders = [{kind: random_order(pool, [seed, draw]) for kind, pool in ordered.items()} for draw in range(draws)]
+    return [tuple(sorted(s for kind, n in counts.items() for s in order[kind][:n])) for order in orders]
 
 
 def deepest_first(candidates: Iterable[SubBlock]) -> list[SubBlock]:

@@ -16,15 +16,17 @@ from transformers import BertConfig, BertForMaskedLM
 from entrodrop_utils import evaluation, models, repair, saving, scoring, text
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.entropy import bucket
-from entrodrop_utils.explorer import drawing, loaded, sharing, state, view
+from entrodrop_utils.explorer import drawing, loaded, sharing, state
 from entrodrop_utils.explorer import page as page_module
 from entrodrop_utils.explorer.background import Background
 from entrodrop_utils.explorer.choice import Choice
 from entrodrop_utils.explorer.settings import Settings
-from entrodrop_utils.explorer.state import Explorer, Session, pasted_windows
+from entrodrop_utils.explorer.state import Explorer, Session
 from entrodrop_utils.profile import Profile
 from entrodrop_utils.progress import HEADLESS, progress
 from entrodrop_utils.residual import SubBlock, find, states
+from entrodrop_utils.studies import explorer_view as view
+from entrodrop_utils.text import pasted_windows
 
 
 class Letters:
@@ -175,7 +177,7 @@ def test_states_kept_are_bounded(ranking, monkeypatch):
 def test_size_is_counted(ranking, model):
     dense, smaller = ranking.loaded.size(()), ranking.loaded.size([SubBlock(2, "attention"), SubBlock(4, "block")])
     assert dense.parameters == model.num_parameters()
-    assert dense.cache == 6 * 2 * 2 * 8 * 4 * 1024  # layers, keys and values, heads, width of a head, bytes, tokens
+    assert dense.cache == 6 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width of a head, bytes
     assert smaller.cache == 4 / 6 * dense.cache
     layer = model.model.layers[0]
     gone = sum(p.numel() for part in (layer, layer.self_attn, layer.input_layernorm) for p in part.parameters())
@@ -211,7 +213,7 @@ def test_a_repaired_loss_is_that_of_the_repaired_model(ranking, model, windows, 
     smaller = saving.remove(copy.deepcopy(model), drop, repair(model, drop, windows))
     expected = evaluation.perplexity(smaller, held_out).mean
     assert ranking.loaded.repaired(drop, ranking.settings, ranking.settings).mean == pytest.approx(expected, rel=1e-5)
-    assert ranking.loaded.repaired([SubBlock(2, "block")], ranking.settings, ranking.settings) is None
+    assert ranking.loaded.repaired([SubBlock(2, "block")], ranking.settings, ranking.settings) is loaded.NOTHING
 
 
 def test_random_choices_have_as_many_of_each_kind(ranking):
@@ -275,12 +277,12 @@ def test_the_shared_line_recreates_the_state(explorer, monkeypatch):
 
 def test_an_export_holds_what_is_chosen(ranking, tmp_path):
     ranking.loaded.tokenizer = None  # a file that reads ids: these letters are no tokenizer that a file can hold
-    exported = sharing.export_to("gguf", ranking, Choice(ranking.order, 2), str(tmp_path / "new" / "smaller.gguf"))
+    exported = sharing.save(ranking, Choice(ranking.order, 2), str(tmp_path / "new" / "smaller.gguf"), runtime="gguf")
     assert exported.path.stat().st_size == exported.nbytes
     assert (exported.layers, exported.kv_layers) == (6, 4)
     assert len(find(ranking.loaded.model, "attention")) == 6
     with pytest.raises(ValueError, match="unknown runtime 'onnx': choose one of gguf, vllm, mlx"):
-        sharing.export_to("onnx", ranking, Choice(ranking.order, 1), str(tmp_path / "x"))
+        sharing.save(ranking, Choice(ranking.order, 1), str(tmp_path / "x"), runtime="onnx")
 
 
 @pytest.mark.parametrize(
@@ -306,10 +308,10 @@ def test_an_encoder_is_not_offered_and_says_why(explorer, monkeypatch):
     monkeypatch.setattr(loaded, "load_model", lambda _: (BertForMaskedLM(config).eval(), Letters()))
     with pytest.raises(ValueError, match="minilm-l6 is an encoder"):
         changed(explorer, model="minilm-l6")
-    assert "minilm-l6" not in drawing.offered()
-    assert {"smollm2-135m-instruct", "gemma-3-270m"} <= set(drawing.offered())
-    assert drawing.about_model("minilm-l6").startswith("an encoder")
-    assert "GB of memory" in drawing.about_model("gemma-3-270m")
+    assert "minilm-l6" not in page_module.OFFERED
+    assert {"smollm2-135m-instruct", "gemma-3-270m"} <= set(page_module.OFFERED)
+    assert models.opening_cost("minilm-l6").startswith("an encoder")
+    assert "GB of memory" in models.opening_cost("gemma-3-270m")
 
 
 def test_pasted_text_is_what_it_is_said_to_be(explorer, ranking, model):

@@ -20,13 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrain
 from entrodrop_utils import cache, dropping, entropy, evaluation, iterative, models, saving, scoring, selection, similarity, text
 from entrodrop_utils.attention import attention_on_first, restricted
 from entrodrop_utils.cached_scoring import cached_score
-from entrodrop_utils.explorer.state import pasted_windows
 from entrodrop_utils.families import decoder
 from entrodrop_utils.families.decoder import UnsupportedModel, decoder_layers
 from entrodrop_utils.models import loading, sources
 from entrodrop_utils.residual import SubBlock, find, layout_of, states
 from entrodrop_utils.tasks.encoders import agreement_by_set, embed
 from entrodrop_utils.tasks.loglikelihoods import loglikelihoods_by_set
+from entrodrop_utils.text import pasted_windows
 
 SETS = [(), (SubBlock(1, "attention"),), (SubBlock(2, "mlp"),)]
 QUESTIONS = [((3, 4, 5), (6, 7)), ((8, 9), (10,))]

@@ -1,23 +1,20 @@
 """What the page draws, as plain values: every number comes from one ranking, with the settings that it was computed from."""
 
-import csv
 import math
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from .. import scoring
-from ..models import KNOWN
-from ..models.sources import is_local
-from ..paths import PUBLISHED
+from ..claims import published_figures
+from ..evaluation import Estimate
 from ..residual import KINDS, SubBlock
 from .choice import Choice
-from .loaded import CONTEXT, LoadedModel
+from .loaded import NOTHING, LoadedModel
 from .settings import Settings
 from .state import Pin, Ranking
 
+CONTEXT = 1024  # tokens of context that the size of the cache is stated for
 NAMES = {"attention": "attention layer", "mlp": "MLP", "block": "block"}
 COLUMNS = {
     "loss": "loss (nats per token)",
@@ -45,7 +42,7 @@ def unit(values: Iterable[float]) -> float:
 def map_of(ranking: Ranking) -> dict:
     """The map: for each kind and layer the score, its place on the scale from -1 to 1, and the ranks by all metrics measured."""
     settings, loaded, rows = ranking.settings, ranking.loaded, {}
-    ranks = {metric: known for metric in scoring.METRICS if (known := loaded.known_ranks(settings, metric))}
+    ranks = {metric: known for metric in scoring.METRICS if (known := loaded.known("ranks", (), settings, metric))}
     for kind in KINDS:
         values = {s: ranking.importance[s] for s in loaded.sub_blocks[kind]}
         scale = unit(values.values())
@@ -102,7 +99,7 @@ def described(ranking: Ranking, drop: Sequence[SubBlock]) -> str:
 def curves_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> dict:
     """Entropy along the depth, dense and pruned, and loss increase against the number dropped, where it was measured."""
     settings, loaded = ranking.settings, ranking.loaded
-    pruned = loaded.known_curve(choice.dropped, settings)
+    pruned = loaded.known("curve", choice.dropped, settings)
     low, high = choice.limits
     lines = [
         {"name": choice.origin or settings.measure, "points": _points(ranking, {n: choice.at(n) for n in range(low, high + 1)})}
@@ -177,7 +174,7 @@ def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[st
     dense, cost = loaded.known("cost", (), settings), loaded.known("cost", drop, settings)
     whole, size = loaded.known("size", ()), loaded.known("size", drop)
     rate, better = loaded.known("speed", drop), loaded.better_than(drop, settings)
-    known_repair, repaired = loaded.known_repair(drop, made, settings)
+    repaired = loaded.known("repaired", drop, settings, made)
     increase = f" ({cost.loss.mean - dense.loss.mean:+.2f})" if drop and cost and dense else ""
     factor = f" (×\u00a0{_short(math.exp(cost.loss.mean - dense.loss.mean))})" if drop and cost and dense else ""
     share = (
@@ -186,19 +183,23 @@ def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[st
         else {}
     )
     return {
-        "loss": cost and f"{cost.loss.mean:.2f}\u00a0±\u00a0{cost.loss.stderr:.2f}{increase}",
-        "kl": "0" if not drop else cost and f"{cost.kl.mean:.3f}\u00a0±\u00a0{cost.kl.stderr:.3f}",
+        "loss": cost and _with_error(cost.loss, 2) + increase,
+        "kl": "0" if not drop else cost and _with_error(cost.kl, 3),
         "perplexity": cost and f"{_short(cost.loss.perplexity)}{factor}",
         "repaired": "–"
-        if not drop or (known_repair and repaired is None)
+        if not drop or repaired is NOTHING
         else repaired and f"{repaired.mean:.2f}\u00a0±\u00a0{repaired.stderr:.2f}",
         "parameters": size and f"{size.parameters / 1e6:.1f} M{share.get('parameters', '')}",
-        "cache": size and f"{size.cache / 1e6:.1f} MB{share.get('cache', '')}",
+        "cache": size and f"{size.cache * CONTEXT / 1e6:.1f} MB{share.get('cache', '')}",
         "speed": rate and f"{rate:.0f}",
         "random": "–"
         if not loaded.draws(drop)
         else better and f"{better[0].estimate:.0%} of {better[1]} [{better[0].low:.0%}, {better[0].high:.0%}]",
     }
+
+
+def _with_error(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.mean:.{digits}f}\u00a0±\u00a0{estimate.stderr:.{digits}f}"
 
 
 def _short(value: float) -> str:
@@ -224,44 +225,16 @@ def reading_of(ranking: Ranking, choice: Choice) -> dict:
 
 def ghosts() -> list[dict]:
     """The published lists of dropped layers of other models: kind, name, and the depth of each from 0 to 1."""
-    file = PUBLISHED / "others.csv"
-    found = []
-    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ():
-        if row["metric"] in ("first dropped first", "layers") and re.fullmatch(r"[\d ]+", row["value"].strip()):
-            layers = [int(layer) for layer in row["value"].split()]
-            name = f"{row['method']} on {row['model']}: {len(layers)} of {row['n_total']} {NAMES[row['unit']]}s"
-            found.append({"name": name, "kind": row["unit"], "depths": [(n + 0.5) / int(row["n_total"]) for n in layers]})
-    return found
-
-
-def _is_decoder(name: str) -> bool:
-    return "encoder" not in KNOWN[name]["about"]
-
-
-def offered() -> list[str]:
-    """The registered models that can be explored: those that predict a next token."""
-    return [name for name in KNOWN if _is_decoder(name)]
-
-
-def about_model(name: str) -> str:
-    """What opening a model takes, before it is opened: download, memory and time."""
-    path = Path(name).expanduser()
-    known = KNOWN.get(name)
-    if known and not _is_decoder(name):
-        return "an encoder: it predicts no next token, so it cannot be explored"
-    if known:
-        here = is_local(name)
-        megabytes, hub = known["megabytes"], "hub" in known
-        grown = (1 if known.get("dtype") else 2) if hub else 7  # bfloat16 in float32; 4 bits and their scales in float32
-        download = "is on this machine" if here else f"a download of {megabytes:,} MB"
-    elif path.is_dir():
-        megabytes, grown, download, here = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6, 1, "a folder", True
-    elif path.is_file() and path.suffix == ".gguf":
-        megabytes, grown, download, here = path.stat().st_size / 1e6, 7, "a GGUF file, converted once", False
-    elif name.count("/") == 1:
-        return "from the hub, whatever its size: a model of N billion parameters takes about 4 N GB of memory"
-    else:
-        return ""
-    memory = megabytes * grown / 1e3
-    seconds = 2 + memory * (3 if here else 60)
-    return f"{download}; about {memory + 1.5:.1f} GB of memory, {seconds:.0f} s to open" + ("" if here else " and the download")
+    try:
+        table = published_figures("others")
+    except ValueError:  # the package without its repository
+        return []
+    lists = table[table.metric.isin(["first dropped first", "layers"]) & table.value.str.fullmatch(r"[\d ]+")].astype(
+        {"n_total": int}
+    )
+    ghosts = []
+    for row in lists.itertuples():
+        layers = [int(layer) for layer in row.value.split()]
+        name = f"{row.method} on {row.model}: {count_in_words(len(layers), int(row.n_total), row.unit)}"
+        ghosts.append({"name": name, "kind": row.unit, "depths": [(n + 0.5) / row.n_total for n in layers]})
+    return ghosts

@@ -163,7 +163,11 @@ class Page {
   }
 
   get(name) { return this.model.get(name); }
-  send(message) { this.model.send(message); }
+  /** What was drawn for other settings is dimmed at once; the status that Python answers with, `waiting` or not, decides. */
+  send(message) {
+    if (message.do === "set") this.part.drawn.classList.add("ed-stale");
+    this.model.send(message);
+  }
 
   /** After Run All, Lab shows the last cell: come back into sight, until a person does something or a minute is over. */
   stay() {
@@ -546,23 +550,23 @@ class Page {
 
   /** The map and the curves as one PNG, with their titles; styles are written into the copy. */
   async picture() {
-    const scale = 2, gap = 10, parts = [this.part.map, this.part.entropy, this.part.costs];
-    const width = Math.max(...parts.map((svg) => svg.clientWidth)), heights = parts.map((svg) => svg.clientHeight);
-    const canvas = element("canvas", { width: width * scale, height: (heights.reduce((a, b) => a + b) + 60 + 3 * gap) * scale });
+    const scale = 2, head = 50, home = this.part.map.getBoundingClientRect();
+    const parts = [this.part.map, this.part.entropy, this.part.costs].map((svg) => ({ svg, at: svg.getBoundingClientRect() }));
+    const low = this.part.table.getBoundingClientRect(), gone = low.bottom - home.bottom;  // charts move up to the map
+    const top = ({ svg, at }) => head + at.top - home.top - (svg === this.part.map ? 0 : gone);
+    const height = Math.max(...parts.map((one) => top(one) + one.at.height)) + 8;
+    const canvas = element("canvas", { width: home.width * scale, height: height * scale });
     const pen = canvas.getContext("2d"), style = getComputedStyle(this.root);
     pen.scale(scale, scale);
     pen.fillStyle = style.backgroundColor;
-    pen.fillRect(0, 0, width, canvas.height);
+    pen.fillRect(0, 0, home.width, height);
     pen.fillStyle = style.color;
     pen.font = "bold 13px sans-serif";
     pen.fillText(`${this.get("share").model} ${this.get("choice").counted}`, 6, 20);
     pen.font = "12px sans-serif";
     pen.fillText(this.get("map").title, 6, 40);
-    let y = 50;
-    for (const [i, svg] of parts.entries()) {
-      pen.drawImage(await image(svg, this.part.defs), 0, y, svg.clientWidth, heights[i]);
-      y += heights[i] + gap;
-    }
+    for (const one of parts)
+      pen.drawImage(await image(one.svg, this.part.defs), one.at.left - home.left, top(one), one.at.width, one.at.height);
     const link = element("a", { href: canvas.toDataURL("image/png"), download: "entrodrop.png" });
     link.click();
   }

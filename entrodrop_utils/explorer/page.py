@@ -12,6 +12,7 @@ import traitlets
 from IPython.display import display
 
 from .. import scoring, text
+from ..models import KNOWN, opening_cost
 from ..profile import DEFAULT_MODEL, Profile
 from ..progress import HEADLESS
 from ..residual import KINDS, SubBlock
@@ -22,6 +23,8 @@ from .settings import OPTIONS, ROLES
 from .state import Explorer, Pin, Ranking, Session, sink_of
 
 HERE = Path(__file__).parent
+OFFERED = [name for name, model in KNOWN.items() if "encoder" not in model["about"]]  # those that predict a next token
+CHOOSING = ("slide", "mark", "follow", "pin", "unpin")  # what changes the selection or the table: methods of Session
 AHEAD = "measuring ahead"  # of work that nobody waits for
 
 
@@ -48,10 +51,10 @@ class Page:
     def __init__(self, explorer: Explorer, n: int | None = None, by_hand: dict[SubBlock, bool] | None = None):
         self.explorer, self.session = explorer, Session(explorer.settings)
         self._drawing = threading.RLock()
-        self._phase, self._step, self._share, self._about = "", ("", None), {}, {}
+        self._phase, self._step, self._share, self._described, self._heard = "", ("", None), {}, {}, 0
         self.widget = ExplorerWidget(
             lists={
-                "models": drawing.offered(),
+                "models": OFFERED,
                 "kinds": list(KINDS),
                 "metrics": {metric: explorer.settings.options(metric) for metric in scoring.METRICS},
                 "limits": {name: [least, greatest] for name, (_, least, greatest) in OPTIONS.items()},
@@ -72,20 +75,14 @@ class Page:
     def receive(self, message: dict) -> None:
         """A message of the browser: ``do`` names what, the rest are its arguments."""
         arguments = {name: value for name, value in message.items() if name != "do"}
-        actions = {
-            "set": self._ask,
-            "cancel": self._cancel,
-            "slide": self._slide,
-            "mark": self._mark,
-            "follow": self._follow,
-            "pin": self._pin,
-            "unpin": self._unpin,
-            "preset": self._preset,
-            "about": self._describe_model,
-            "save": self._save,
-        }
+        self._heard += 1
         try:
-            actions[message["do"]](**arguments)
+            if message["do"] in CHOOSING:
+                getattr(self.session, message["do"])(**arguments)
+                self._chose()
+            else:
+                ask = {"set": self._ask, "cancel": self._cancel, "preset": self._preset, "about": self._about, "save": self._save}
+                ask[message["do"]](**arguments)
         except Exception as error:
             self._failed(None, sentence(error))
 
@@ -115,27 +112,6 @@ class Page:
         self.background.cancel()
         self._draw()
 
-    def _slide(self, n: int) -> None:
-        self.session.drop(n)
-        self._chose()
-
-    def _mark(self, sub_blocks: list, gone: bool | None = None) -> None:
-        self.session.by_hand([SubBlock(int(layer), kind) for layer, kind in sub_blocks], gone)
-        self._chose()
-
-    def _follow(self) -> None:
-        self.session.follow()
-        self._chose()
-
-    def _pin(self) -> None:
-        if self.session.shown:
-            self.session.pin()
-            self._chose()
-
-    def _unpin(self, number: int) -> None:
-        self.session.unpin(number)
-        self._draw()
-
     def _preset(self, name: str) -> None:
         if not (shown := self.session.shown):
             return
@@ -149,20 +125,17 @@ class Page:
         else:
             self._ask(**self.session.preset(name))
 
-    def _describe_model(self, model: str) -> None:
-        self._about = {"model": model, "about": drawing.about_model(model)}
-        self._draw()
+    def _about(self, model: str) -> None:
+        self._described = {"model": model, "about": opening_cost(model)}
+        self._draw_status()
 
     def _save(self, path: str, runtime: str = "", repaired: bool = False) -> None:
         ranking, choice = self.session.shown, self._chosen()
 
         def job() -> None:
             try:
-                if runtime:
-                    self._share = {"saved": str(sharing.export_to(runtime, ranking, choice, path))}
-                else:
-                    where = sharing.save(ranking, choice, path, repaired)
-                    self._share = {"saved": f"Saved. load_pruned({str(where)!r}) reads it."}
+                saved = sharing.save(ranking, choice, path, repaired, runtime)
+                self._share = {"saved": str(saved) if runtime else f"Saved. load_pruned({str(saved)!r}) reads it."}
             except Exception as error:
                 self._share = {"failed": sentence(error)}
             self._measure()
@@ -226,7 +199,7 @@ class Page:
         for chosen in ((), *(pin.drop for pin in pins)):
             yield lambda chosen=chosen: loaded.speed(chosen)
         for pin in pins:
-            yield lambda pin=pin: loaded.repaired(pin.drop, pin.settings, settings)
+            yield lambda pin=pin: loaded.repaired(pin.drop, settings, pin.settings)
 
     def _ahead(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
         """What moves to come will ask for: neighbouring counts, random choices of this size, other metrics, single drops."""
@@ -279,7 +252,8 @@ class Page:
             "fraction": fraction,
             "waiting": self.session.waiting,
             "error": self.session.error,
-            "about": self._about,
+            "about": self._described,
+            "heard": self._heard,  # so that every message has an answer, also where nothing else changes
         }
 
     def _draw(self) -> None:

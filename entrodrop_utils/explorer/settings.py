@@ -89,6 +89,15 @@ class Settings:
         return ("", self.pasted) if self.role == "ranking" else (self.text, "")
 
     @property
+    def source(self) -> str:
+        """What the evaluation windows depend on: one's own text, or empty for the default."""
+        return self.pasted if self.role == "evaluation" else ""
+
+    def scored_by(self, name: str) -> tuple:
+        """What the scores by a metric depend on."""
+        return (self.calibration_key, name, self.first, *(getattr(self, option) for option in self.options(name)))
+
+    @property
     def calibration(self) -> str:
         """The calibration text in words."""
         return "your own text" if self.role == "ranking" else self.text

@@ -65,37 +65,28 @@ def folder_name(ranking: Ranking, choice: Choice) -> str:
     return f"build/pruned/{slug(ranking.settings.model)}-without-{len(choice.dropped)}-{ranking.settings.kind}"
 
 
-def save(ranking: Ranking, choice: Choice, path: str, repaired: bool = False) -> Path:
-    """Write the model without the selection for ``load_pruned``; a relative folder is under the project's own.
+def save(ranking: Ranking, choice: Choice, path: str, repaired: bool = False, runtime: str = "") -> Path | Exported:
+    """Write the model without the selection for ``load_pruned``, or for another runtime; a relative path is under the project.
 
     Args:
-        repaired: put a linear repair, fitted on the calibration text, in place of what is dropped.
+        repaired: put a linear repair, fitted on the calibration text, in place of what is dropped; not for other runtimes.
+        runtime: one of ``RUNTIMES``; empty for transformers.
+    Returns:
+        The folder; for another runtime what was written, and what that runtime keeps of it.
     Raises:
-        ValueError: no folder is named, or nothing is dropped.
+        ValueError: an unknown runtime, no path, nothing is dropped, or what the runtime cannot compute.
         FileExistsError: the folder is not empty.
     """
+    if runtime and runtime not in RUNTIMES:
+        raise ValueError(f"unknown runtime {runtime!r}: choose one of {', '.join(RUNTIMES)}")
     if not path.strip():
-        raise ValueError("name a folder to save the pruned model in")
-    loaded, drop, folder = ranking.loaded, choice.dropped, ROOT / Path(path.strip()).expanduser()
-    card = card_of(ranking, choice)
+        raise ValueError("name a file or folder to write the pruned model to")
+    loaded, target, card = ranking.loaded, ROOT / Path(path.strip()).expanduser(), card_of(ranking, choice)
     with loaded.alone():
-        report_step("saving", 0, None)
-        maps = repair(loaded.model, drop, loaded.calibration(ranking.settings)) if repaired else None
-        return save_pruned(remove(copy.deepcopy(loaded.model), drop, maps), folder, loaded.tokenizer, card)
-
-
-def export_to(name: str, ranking: Ranking, choice: Choice, path: str) -> Exported:
-    """Write the model without the selection for another runtime; what was written, and what that runtime keeps of it.
-
-    Raises:
-        ValueError: an unknown runtime, no path, or what the runtime cannot compute.
-    """
-    if name not in RUNTIMES:
-        raise ValueError(f"unknown runtime {name!r}: choose one of {', '.join(RUNTIMES)}")
-    if not path.strip():
-        raise ValueError("name a file or folder to export the pruned model to")
-    loaded, target = ranking.loaded, ROOT / Path(path.strip()).expanduser()
-    with loaded.alone():
-        report_step(f"exporting to {name}", 0, None)
+        report_step(f"writing {target.name}", 0, None)
+        maps = repair(loaded.model, choice.dropped, loaded.calibration(ranking.settings)) if repaired and not runtime else None
+        smaller = remove(copy.deepcopy(loaded.model), choice.dropped, maps)
+        if not runtime:
+            return save_pruned(smaller, target, loaded.tokenizer, card)
         target.parent.mkdir(parents=True, exist_ok=True)
-        return RUNTIMES[name](remove(copy.deepcopy(loaded.model), choice.dropped), target, loaded.tokenizer)
+        return RUNTIMES[runtime](smaller, target, loaded.tokenizer)

@@ -5,6 +5,7 @@ it, and pinned selections. Every answer carries its settings; an answer after a 
 """
 
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,10 +15,8 @@ from .. import selection
 from ..profile import Profile
 from ..residual import SubBlock
 from .choice import Choice
-from .loaded import LoadedModel, pasted_windows
+from .loaded import LoadedModel
 from .settings import Settings
-
-__all__ = ["Explorer", "Pin", "Ranking", "Session", "Settings", "pasted_windows"]
 
 N_SEQUENCES, N_TOKENS = 8, 128  # 1,024 tokens to rank on and 1,024 to evaluate: an answer within two seconds on 2 cores
 FRACTION = 0.25  # of the sub-blocks that are dropped at first
@@ -161,18 +160,18 @@ class Session:
             self.error = sentence
             return True
 
-    def drop(self, n: int) -> None:
-        """The slider: so many are dropped."""
+    def slide(self, n: int) -> None:
+        """So many are dropped."""
         with self.lock:
             low, high = self.choice.limits
             self.choice.n = min(max(int(n), low), high)
 
-    def by_hand(self, sub_blocks: list[SubBlock], gone: bool | None = None) -> None:
+    def mark(self, sub_blocks: Iterable[Sequence], gone: bool | None = None) -> None:
         """Drop or keep sub-blocks by hand; None toggles a single one. A choice that is refused leaves a sentence in ``error``."""
         with self.lock:
-            self.error = ""
+            self.error, marked = "", [SubBlock(int(layer), kind) for layer, kind in sub_blocks]
             try:
-                self.choice.toggle(*sub_blocks) if gone is None else self.choice.set(sub_blocks, gone)
+                self.choice.toggle(*marked) if gone is None else self.choice.set(marked, gone)
             except ValueError as error:
                 self.error = str(error)
 
@@ -181,9 +180,11 @@ class Session:
         with self.lock:
             self.choice = Choice(self.choice.order, self.choice.n, attention=self.choice.attention)
 
-    def pin(self) -> Pin:
+    def pin(self) -> None:
         """Keep the selection in the table."""
         with self.lock:
+            if not self.shown:
+                return
             drop, settings = tuple(self.choice.dropped), self.shown.settings
             kind = "" if settings.kind == "attention" else f" {settings.kind}"
             name = f"{settings.measure}{kind}, {len(drop)}"
@@ -191,7 +192,6 @@ class Session:
                 name = f"{self.choice.origin or 'mine'}, {len(drop)}"
             pin = Pin(name, settings, drop, () if self.choice.by_hand else tuple(self.choice.order))
             self.pins = [old for old in self.pins if set(old.drop) != set(drop)] + [pin]
-            return pin
 
     def unpin(self, number: int) -> None:
         """Take a pinned selection out of the table."""

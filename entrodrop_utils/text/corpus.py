@@ -111,6 +111,22 @@ def windows(
     return torch.stack([cut[i][turns[:number].count(i)] for number, i in enumerate(turns)]) if len(shares) > 1 else cut[0]
 
 
+def pasted_windows(
+    pasted: str, tokenizer: Callable, n_sequences: int, n_tokens: int, least: int = 32
+) -> Int[Tensor, "sequence token"]:
+    """One text as at most ``n_sequences`` windows of at most ``n_tokens`` tokens; the rest of the last one is left out.
+
+    Raises:
+        ValueError: fewer than ``least`` tokens.
+    """
+    ids = tokenizer(pasted).input_ids
+    tokens = min(n_tokens, len(ids))
+    if tokens < least:
+        raise ValueError(f"the pasted text has {len(ids)} tokens: at least {least} are needed to rank or evaluate on it")
+    sequences = min(n_sequences, len(ids) // tokens)
+    return torch.tensor(ids[: sequences * tokens]).view(sequences, tokens)
+
+
 def _turns(shares: list[float], n: int) -> list[int]:
     """Whose turn each of ``n`` windows is: that of the source which is furthest behind its share, so fewer turns begin more."""
     turns: list[int] = []

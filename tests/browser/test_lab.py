@@ -17,13 +17,17 @@ def opened(page, lab: str, path: str):
 
 
 def run_all(page, panel) -> None:
-    """Run All Cells; again while no cell waits and none has run: what is sent before the kernel listens is lost."""
-    deadline = time.monotonic() + 180
+    """Run All Cells; again while none has run and the kernel is idle: what is sent before it listens, or to one that a slow Lab
+    replaced, is lost.
+    """
+    deadline, idle = time.monotonic() + 180, panel.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    waits = 0
     while time.monotonic() < deadline:
         prompts = panel.locator(".jp-InputPrompt").all_inner_texts()
         if any(re.fullmatch(r"\[\d+\]:", prompt.strip()) for prompt in prompts):
             return
-        if not any("*" in prompt for prompt in prompts):
+        waits = waits + 1 if any("*" in prompt for prompt in prompts) and idle.count() else 0
+        if waits > 5 or not any("*" in prompt for prompt in prompts):
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.wait_for_timeout(3000)

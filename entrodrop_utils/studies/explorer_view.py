@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .. import figures
+from ..explorer import drawing
+from ..explorer.choice import Choice
+from ..explorer.state import Pin, Ranking
 from ..residual import KINDS, SubBlock
-from . import drawing
-from .choice import Choice
-from .state import Pin, Ranking
 
 DROPPED, DENSE = figures.COLOURS["knn"], figures.GREY
 LINES = (DROPPED, figures.COLOURS["bucket"], figures.COLOURS["gaussian"], figures.COLOURS["renyi"])
