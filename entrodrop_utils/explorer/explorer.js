@@ -207,7 +207,7 @@ class Page {
   }
 
   status() {
-    const { phase, what, fraction, waiting, error } = this.get("status"), { part } = this;
+    const { phase, what, fraction, waiting, error, heard } = this.get("status"), { part } = this;
     const ahead = phase === "ahead", busy = Boolean(phase) && !ahead;
     part.what.textContent = ahead ? "ready; measuring ahead for moves to come" : busy ? what || `${phase} …` : "ready";
     part.what.classList.toggle("ed-quiet", !busy);
@@ -222,8 +222,8 @@ class Page {
     part.error.hidden = !error;
     if (part.error.textContent !== (error || "")) part.error.textContent = error || "";
     this.describe();
-    if (!error) return;
-    this.fields();
+    if (error && heard !== this.heard) this.fields();  // once: what is typed after a refused value stays
+    this.heard = heard;
   }
 
   // --- the map
