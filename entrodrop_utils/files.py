@@ -28,6 +28,17 @@ def write_text(path: Path, content: str) -> None:
         unfinished.write_text(content, encoding="utf-8")
 
 
+def with_part(text: str, name: str, content: str) -> str:
+    """A Markdown text with ``content`` between its comments ``<!-- name -->`` and ``<!-- /name -->``; as it is if it has none.
+
+    >>> with_part("Before. <!-- sum -->old<!-- /sum --> After.", "sum", "4").splitlines()
+    ['Before. <!-- sum -->', '4', '<!-- /sum --> After.']
+    """
+    before, start, rest = text.partition(f"<!-- {name} -->")
+    after = rest.partition(f"<!-- /{name} -->")[2]
+    return f"{before}{start}\n{content}\n<!-- /{name} -->{after}" if start else text
+
+
 def build_once(path: Path, build: Callable[[Path], None], is_complete: Callable[[], bool] | None = None) -> Path:
     """``path``, made by ``build(unfinished)`` unless it is there and complete.
 

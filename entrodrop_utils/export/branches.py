@@ -113,6 +113,24 @@ def pack(sequence: Sequence[Branch]) -> list[PackedLayer]:
     return layers
 
 
+def joined_constants(sequence: Sequence[Branch]) -> list[Branch]:
+    """The branches with neighbouring constants as one, their sum, as ``pack`` holds them: what a check finds in order.
+
+    >>> both = [Branch("constant", SubBlock(i, "attention"), {"bias": torch.full((1,), 2.0)}) for i in range(2)]
+    >>> [branch.weights["bias"].item() for branch in joined_constants(both)]
+    [4.0]
+    """
+    joint: list[Branch] = []
+    for branch in sequence:
+        if branch.kind == "constant":
+            bias = branch.weights["bias"].float()
+            if joint and joint[-1].kind == "constant":
+                bias = joint.pop().weights["bias"] + bias
+            branch = replace(branch, weights={"bias": bias})
+        joint.append(branch)
+    return joint
+
+
 def outside(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights around the layers: ``embed_tokens``, ``norm``, and ``lm_head`` where it is not the embedding itself.
 

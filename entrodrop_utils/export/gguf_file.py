@@ -32,7 +32,7 @@ from ..families.decoder import UnsupportedModel, decoder_layers
 from ..files import replacing
 from ..progress import progress
 from ..residual import SubBlock, find, layout_of
-from .branches import Branch, PackedLayer, branches, check_exportable, head_width, kv_bytes, outside, pack
+from .branches import Branch, PackedLayer, branches, check_exportable, head_width, joined_constants, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 from .vocabulary import add_vocabulary, check_vocabulary
 
@@ -133,7 +133,17 @@ def gguf(
         kv_layers=attention,
         kv_bytes_per_token=kv_bytes(config, attention),
         zeros=arch == family.arch and len(find(model, "attention")) + len(find(model, "mlp")) < 2 * len(layers),
+        notes=tuple(_stand_ins(layers)),
     )
+
+
+def _stand_ins(layers: Sequence[PackedLayer]) -> Iterator[str]:
+    """What is still computed of what was dropped."""
+    first = layers[0].first
+    if first is not None and first.kind == "linear" and not first.weights["weight"].any():
+        yield "Layer 0 keeps a linear layer of zeros, without keys and values: llama.cpp reads the width of a head there."
+    if empty := sum(layer.mlp is None for layer in layers):
+        yield f"Layers without an MLP ({empty}) keep one of {EMPTY} zeros, which takes next to no time."
 
 
 def _family(model: PreTrainedModel) -> _Family:
@@ -381,7 +391,11 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
         return value if isinstance(value, list) else [value] * depth
 
     heads, kv, ffn = array("attention.head_count"), array("attention.head_count_kv"), array("feed_forward_length")
-    if not (len(heads) == len(kv) == len(ffn) == depth) or min(ffn) <= 0 or heads[0] <= 0:
+    known = {0, config.num_attention_heads}, {0, config.num_key_value_heads}, {EMPTY, config.intermediate_size}
+    if (
+        any(len(values) != depth or not set(values) <= of_model for values, of_model in zip((heads, kv, ffn), known, strict=True))
+        or not heads[0]
+    ):
         raise ExportMismatch(f"{path}: its arrays per layer ({heads}, {kv}, {ffn}) are none that llama.cpp computes rightly")
 
     def expect(name: str, shape: tuple[int, ...], weight: Tensor | None = None, turned: int = 0) -> None:
@@ -401,17 +415,18 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
 
     shift, layout = FAMILIES[config.model_type].shift, layout_of(model)
     zeros = zeros and arch != "deci" and depth == len(decoder_layers(model))
-    places = {kind: iter(find(model, kind)) for kind in ("attention", "mlp")}
-    order: list[SubBlock] = []
-    absent = {kind: set(range(len(decoder_layers(model)))) - {s.layer for s in find(model, kind)} for kind in places}
+    left = joined_constants(branches(model))[::-1]  # the next one last
+    there = {branch.sub_block for branch in left}
+
+    def take(kind: str, number: int) -> Branch:
+        if not left or left[-1].kind != kind:
+            raise ExportMismatch(f"{path}: layer {number} has {kind}, where the model has {left[-1].sub_block if left else 'none'}")
+        return left.pop()
 
     def of_model(kind: str, number: int) -> tuple[object | None, SubBlock | None]:
-        if zeros and number in absent[kind]:
+        if zeros and SubBlock(number, kind) not in there:
             return None, None
-        sub_block = next(places[kind], None)
-        if sub_block is None:
-            raise ExportMismatch(f"{path}: layer {number} has an {kind} that the model lacks")
-        order.append(sub_block)
+        sub_block = take(kind, number).sub_block
         return decoder_layers(model)[sub_block.layer].get_submodule(next(iter(layout.branch(kind)))), sub_block
 
     def expect_norms(kind: str, number: int, sub_block: SubBlock | None) -> None:
@@ -430,37 +445,42 @@ def check_file(path: str | Path, model: PreTrainedModel, zeros: bool = False) ->
                 expect(f"blk.{i}.attn_{name}.weight", (count * width, dim), part and whole.weight, turned)
                 if part is not None and whole.bias is not None:
                     expect(f"blk.{i}.attn_{name}.bias", (count * width,), whole.bias, turned)
-            expect(f"blk.{i}.attn_output.weight", (dim, heads[i] * width), part and part.o_proj.weight)
+            shape = (dim, heads[i] * width)
+            expect(f"blk.{i}.attn_output.weight", shape, part.o_proj.weight if part is not None else torch.zeros(shape))
             for name in ("q_norm", "k_norm") if arch in ("qwen3", "gemma3") else ():
                 expect(f"blk.{i}.attn_{name}.weight", (width,), part and getattr(part, name).weight.detach().float() + shift)
             if part is not None and part.o_proj.bias is not None:
                 expect(f"blk.{i}.attn_output.bias", (dim,), part.o_proj.bias)
         elif heads[i]:
-            expect(f"blk.{i}.attn_norm.weight", (dim,))
-            expect(f"blk.{i}.attn_output.weight", (dim, dim))
+            is_repair = i > 0 or (bool(left) and left[-1].kind == "linear")  # the first layer may hold one of zeros
+            maps = take("linear", i).weights if is_repair else _zero_linear(model).weights
+            expect(f"blk.{i}.attn_norm.weight", (dim,), maps["norm"])
+            expect(f"blk.{i}.attn_output.weight", (dim, dim), maps["weight"])
+        bias = None
         if ffn[i] == config.intermediate_size:
             part, sub_block = of_model("mlp", i)
             expect_norms("mlp", i, sub_block)
             for name, shape in (("gate", (ffn[i], dim)), ("up", (ffn[i], dim)), ("down", (dim, ffn[i]))):
                 whole = part and getattr(part, f"{name}_proj")
-                expect(f"blk.{i}.ffn_{name}.weight", shape, part and whole.weight)
+                expect(f"blk.{i}.ffn_{name}.weight", shape, whole.weight if part is not None else torch.zeros(shape))
                 if part is not None and name != "down" and whole.bias is not None:
                     expect(f"blk.{i}.ffn_{name}.bias", (ffn[i],), whole.bias)
+            bias = part and part.down_proj.bias
         else:
             expect(f"blk.{i}.ffn_norm.weight", (dim,))
             for name, shape in (("gate", (ffn[i], dim)), ("up", (ffn[i], dim)), ("down", (dim, ffn[i]))):
                 expect(f"blk.{i}.ffn_{name}.weight", shape, torch.zeros(shape))
-        if f"blk.{i}.ffn_down.bias" in tensors:
-            expect(f"blk.{i}.ffn_down.bias", (dim,))
+        if left and left[-1].kind == "constant":
+            constant = take("constant", i).weights["bias"]
+            bias = constant if bias is None else bias.detach().float() + constant.to(bias.device)
+        if bias is not None:
+            expect(f"blk.{i}.ffn_down.bias", (dim,), bias)
     around = outside(model)
     expect("token_embd.weight", tuple(around["embed_tokens"].shape), around["embed_tokens"])
     expect("output_norm.weight", (dim,), around["norm"].detach().float() + shift)
     if "lm_head" in around:
         expect("output.weight", tuple(around["lm_head"].shape), around["lm_head"])
-    tensors.pop("rope_freqs.weight", None)
-    left = [str(sub_block) for kind in places for sub_block in places[kind]]
-    if left or tensors or [s for s in order] != sorted(order):
-        what = (
-            f"{left[0]} is missing" if left else f"{next(iter(tensors))} is left over" if tensors else "branches are out of order"
-        )
-        raise ExportMismatch(f"{path}: {what}")
+    if (config.rope_parameters or {}).get("rope_type") == "llama3":
+        expect("rope_freqs.weight", (width // 2,))
+    if left or tensors:
+        raise ExportMismatch(f"{path}: {left[-1].sub_block} is missing" if left else f"{path}: {next(iter(tensors))} is left over")

@@ -14,7 +14,7 @@ import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..families.decoder import UnsupportedModel, decoder_layers
 from ..residual import SubBlock, find
 from ..saving import repeat_rope_settings
-from .branches import Branch, PackedLayer, branches, check_exportable, head_width, kv_bytes, outside, pack
+from .branches import Branch, PackedLayer, branches, check_exportable, head_width, joined_constants, kv_bytes, outside, pack
 from .report import Exported, ExportMismatch
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -104,7 +104,7 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
                 shutil.copyfile(CONFIG_FILE, unfinished / CONFIG_FILE.name)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(unfinished)
-            check_folder(unfinished, model)
+        check_folder(unfinished, model)
         repeat_rope_settings(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
@@ -131,10 +131,18 @@ def _write(model: PreTrainedModel, path: Path, tokenizer, target: str, zeros: bo
         layers=getattr(config, "entrodrop", {}).get("layers", depth),
         kv_layers=kept,
         kv_bytes_per_token=kv_bytes(config, kept),
-        notes=("Layer 0 keeps an attention of zeros, and its keys and values: vLLM crashes without it.",)
-        if kept > attention
-        else (),
+        notes=tuple(_stand_ins(model, layers, target)),
     )
+
+
+def _stand_ins(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str) -> Iterator[str]:
+    """What takes time or memory there, and did not in the model."""
+    kept = sum(layer.first is not None and layer.first.kind == "attention" for layer in layers)
+    if kept > len(find(model, "attention")):
+        yield "Layer 0 keeps an attention of zeros, and its keys and values: vLLM crashes without it."
+    own = model.config.get_text_config(decoder=True).intermediate_size
+    if layers and _width(model) > own:
+        yield f"MLPs are {_width(model)} wide instead of {own}: {target} has multiples of {MULTIPLE}, and zeros fill the rest."
 
 
 def _layers(model: PreTrainedModel, target: str, zeros: bool) -> list[PackedLayer]:
@@ -270,60 +278,88 @@ def _settings(model: PreTrainedModel, layers: Sequence[PackedLayer], target: str
 
 
 def check_folder(path: str | Path, model: PreTrainedModel) -> None:
-    """Compare a ``nemotron-nas`` folder with the model it was written from, reading only the folder and the model's own modules.
+    """Compare a folder with the model it was written from, reading only the folder and the model's own modules.
 
     Raises:
-        ExportMismatch: a layer has other tensors than its block config says, or the branches are not the model's, in its order.
+        ExportMismatch: a layer has other tensors than its block config says, or they are not the model's, in its order.
     """
     path = Path(path)
     settings, state = json.loads((path / "config.json").read_text()), {}
     for file in path.glob("*.safetensors"):
         state |= load_file(file)
-    layers = decoder_layers(model)
-    kept = {kind: iter(find(model, kind)) for kind in ("attention", "mlp")}
-    order = []
 
-    def take(number: int, name: str, *shape: int) -> Tensor:
-        key = f"model.layers.{number}.{name}"
-        if key not in state or tuple(state[key].shape) != shape:
-            raise ExportMismatch(f"{path.name}: tensor {key} of shape {shape} is missing or of another shape")
-        return state.pop(key)
+    def take(name: str, own: Tensor | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor that must be ``own``, with zeros up to ``shape``."""
+        shape = shape or tuple(own.shape)
+        if name not in state or tuple(state[name].shape) != shape:
+            raise ExportMismatch(f"{path.name}: tensor {name} of shape {shape} is missing or of another shape")
+        written = state.pop(name)
+        if own is not None:
+            own = own.detach().to("cpu", written.dtype)
+            inside = tuple(map(slice, own.shape))
+            if not (torch.equal(written[inside], own) and written.count_nonzero() == own.count_nonzero()):
+                raise ExportMismatch(f"{path.name}: the values of {name} are not the model's")
+        return written
 
-    def compare(name: str, written: Tensor, own: Tensor) -> None:
-        own = own.detach().cpu()
-        if not (torch.equal(written[tuple(map(slice, own.shape))], own) and written.count_nonzero() == own.count_nonzero()):
-            raise ExportMismatch(f"{path.name}: the values of {name} are not the model's")
+    if settings["model_type"] == "nemotron-nas":
+        for name, own in outside(model).items():
+            take(f"{name}.weight" if name == "lm_head" else f"model.{name}.weight", own)
+        _check_blocks(path, model, settings, take)
+    else:
+        for name, own in model.named_parameters():  # tied ones once
+            take(name, own)
+        if settings["num_hidden_layers"] != len(decoder_layers(model)):
+            raise ExportMismatch(f"{path.name}: config.json says {settings['num_hidden_layers']} layers")
+    if state:
+        raise ExportMismatch(f"{path.name}: {next(iter(state))} is left over")
 
-    def compare_branch(kind: str, norm_name: str, module: str, norm: Tensor, written: dict[str, Tensor]) -> None:
-        """A branch that is not of zeros is the next kept one of its kind."""
-        if any(weight.any() for weight in written.values()):
-            sub_block = next(kept[kind])
-            order.append(sub_block)
-            part = layers[sub_block.layer]
-            compare(f"{sub_block}'s norm", norm, getattr(part, norm_name).weight)
-            for name, weight in written.items():
-                compare(f"{sub_block}'s {name}_proj", weight, getattr(getattr(part, module), f"{name}_proj").weight)
 
+def _check_blocks(path: Path, model: PreTrainedModel, settings: dict, take: Callable[..., Tensor]) -> None:
+    """The layers of ``nemotron-nas``, one after the other, against what the model adds to its stream."""
+    left = joined_constants(branches(model))[::-1]  # the next one last
     dim, heads, width = settings["hidden_size"], settings["num_attention_heads"], settings["head_dim"]
+
+    def following(kind: str, number: int) -> Branch:
+        if not left or left[-1].kind != kind:
+            raise ExportMismatch(
+                f"{path.name}: layer {number} has {kind}, where the model has {left[-1].sub_block if left else 'none'}"
+            )
+        return left.pop()
+
     for i, block in enumerate(settings["block_configs"]):
-        attention, ffn = block["attention"], block["ffn"]
-        if not attention["no_op"]:
-            norm = take(i, "input_layernorm.weight", dim)
-            if attention["replace_with_linear"]:
-                take(i, "self_attn.linear.weight", dim, dim)
-            else:
-                rows = {"q": heads * width, "v": heads // attention["n_heads_in_group"] * width}
-                rows |= {"k": rows["v"]}
-                written = {name: take(i, f"self_attn.{name}_proj.weight", n, dim) for name, n in rows.items()}
-                written["o"] = take(i, "self_attn.o_proj.weight", dim, rows["q"])
-                compare_branch("attention", "input_layernorm", "self_attn", norm, written)
-        if not ffn["no_op"]:
-            n = -(-int(2 * round(ffn["ffn_mult"], 6) * dim / 3) // MULTIPLE) * MULTIPLE
-            norm = take(i, "post_attention_layernorm.weight", dim)
-            written = {name: take(i, f"mlp.{name}_proj.weight", n, dim) for name in ("gate", "up")}
-            written["down"] = take(i, "mlp.down_proj.weight", dim, n)
-            compare_branch("mlp", "post_attention_layernorm", "mlp", norm, written)
-    left = [str(sub_block) for kind in kept for sub_block in kept[kind]]
-    others = [key for key in state if key.startswith("model.layers.") and not key.endswith(".bias")]
-    if left or others or order != sorted(order):
-        raise ExportMismatch(f"{path.name}: {(left + others + ['the order of the branches'])[0]} is missing or out of place")
+        layer, attention, ffn = f"model.layers.{i}", block["attention"], block["ffn"]
+        own: dict[str, Tensor] = {}
+        if attention["replace_with_linear"]:
+            maps = following("linear", i).weights
+            take(f"{layer}.input_layernorm.weight", maps["norm"])
+            take(f"{layer}.self_attn.linear.weight", maps["weight"])
+            if settings["attention_bias"]:
+                take(f"{layer}.self_attn.linear.bias", torch.zeros(dim))
+        elif not attention["no_op"]:
+            rows = {"q": heads * width} | dict.fromkeys("kv", heads // attention["n_heads_in_group"] * width)
+            shapes = {f"{name}_proj": (n, dim) for name, n in rows.items()} | {"o_proj": (dim, rows["q"])}
+            if i > 0 or (left and left[-1].kind == "attention"):  # else the first layer keeps one of zeros
+                own = following("attention", i).weights
+            take(f"{layer}.input_layernorm.weight", own.get("input_layernorm.weight"), (dim,))
+            for name, shape in shapes.items():
+                take(f"{layer}.self_attn.{name}.weight", own.get(f"self_attn.{name}.weight", torch.zeros(shape)), shape)
+                if settings["attention_bias"]:
+                    take(f"{layer}.self_attn.{name}.bias", own.get(f"self_attn.{name}.bias", torch.zeros(shape[0])))
+        if ffn["no_op"]:
+            continue
+        n = -(-int(2 * round(ffn["ffn_mult"], 6) * dim / 3) // MULTIPLE) * MULTIPLE
+        own = following("mlp", i).weights if left and left[-1].kind == "mlp" else {}  # else an empty one with a constant
+        bias = own.get("mlp.down_proj.bias", torch.zeros(dim))
+        if left and left[-1].kind == "constant":
+            bias = bias.float() + following("constant", i).weights["bias"].to(bias.device)
+        elif not own:
+            raise ExportMismatch(f"{path.name}: layer {i} has an MLP, where the model has {left[-1].sub_block if left else 'none'}")
+        take(f"{layer}.post_attention_layernorm.weight", own.get("post_attention_layernorm.weight", torch.ones(dim)))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = (dim, n) if name == "down_proj" else (n, dim)
+            take(f"{layer}.mlp.{name}.weight", own.get(f"mlp.{name}.weight", torch.zeros(shape)), shape)
+            if settings["mlp_bias"]:
+                own_bias = bias if name == "down_proj" else own.get(f"mlp.{name}.bias", torch.zeros(n))
+                take(f"{layer}.mlp.{name}.bias", own_bias, shape[:1])
+    if left:
+        raise ExportMismatch(f"{path.name}: {left[-1].sub_block} is missing")

@@ -3,6 +3,7 @@
 ``make test-export`` makes the environments ``.venv-export/vllm`` and ``.venv-export/mlx``.
 """
 
+import functools
 import os
 import subprocess
 import tempfile
@@ -35,6 +36,7 @@ class Answer(NamedTuple):
     cached: Float[np.ndarray, "token vocabulary"] | None = None
 
 
+@functools.cache
 def program_version(program: str) -> str:
     """The installed package and its version.
 

@@ -17,7 +17,7 @@ class Exported:
         kv_layers: for how many layers the target keeps keys and values.
         kv_bytes_per_token: of all of them, at 16 bits a number.
         zeros: whether branches of zeros stand for some that were dropped.
-        notes: more that the target loses.
+        notes: what else takes time or memory there.
     """
 
     target: str

@@ -7,7 +7,7 @@ import nbformat
 import pandas as pd
 
 from ..claims import ledger, summary, value_text
-from ..files import write_text
+from ..files import with_part, write_text
 from ..paths import FIGURES, NOTEBOOKS, PACKAGE, RESULTS, ROOT
 from ..profile import DEFAULT_MODEL, Profile
 from .checks import NAVIGATION, available, finding, opening, opening_picture, title
@@ -84,13 +84,9 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str
 
 
 def put(file: Path, name: str, content: str) -> None:
-    """Replace the text between the comments ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file, if it has them."""
-    if not file.exists():
-        return
-    before, start, rest = file.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    if start:
-        after = rest.partition(f"<!-- /{name} -->")[2]
-        write_text(file, f"{before}{start}{content}\n<!-- /{name} -->{after}")
+    """``with_part`` of a file, if it exists."""
+    if file.exists():
+        write_text(file, with_part(file.read_text(encoding="utf-8"), name, content))
 
 
 def write_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:

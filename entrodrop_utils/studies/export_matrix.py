@@ -23,7 +23,7 @@ from ..export import Exported, gguf, mlx, vllm
 from ..export.llama_cpp import RuntimeUnavailable, load
 from ..export.other_programs import ask
 from ..families.decoder import UnsupportedModel
-from ..files import write_text
+from ..files import with_part, write_text
 from ..paths import PACKAGE, RESULTS
 from ..progress import progress
 from ..residual import SubBlock
@@ -31,7 +31,6 @@ from .export_proof import FOLDERS, environment, logits_of
 
 RESULTS_FILE = RESULTS / "export_families.csv"
 README = PACKAGE / "export" / "README.md"
-MARKS = "<!-- {}: written by python -m entrodrop_utils.studies.export_matrix -->", "<!-- end of {} -->"
 COLUMNS = ["target", "drop", "family", "outcome", "difference", "reason", "environment"]
 EXACT = 0.01  # of the logits' standard deviation: the largest difference of a program that computes the same
 SHAPE = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -210,9 +209,7 @@ def with_tables(text: str) -> str:
     """The README with its tables as the results say."""
     tables = {"families": matrix_table(), "trained models": proof_table(PROVEN)}
     for name, table in (tables | {"parts": part_table(PARTS, PROVEN), "speeds": part_table(SPEEDS, PROVEN)}).items():
-        start, end = (mark.format(name) for mark in MARKS)
-        before, rest = text.split(start)
-        text = f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}"
+        text = with_part(text, name, table)
     return text
 
 

@@ -9,7 +9,7 @@ import contextlib
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +47,7 @@ COLUMNS = ["drop", "sub_blocks", "program", "type", "max_difference", "same_top"
 COLUMNS += [f"{part}_difference" for part in ("weights", "arithmetic", "simulated", "f32")] + ["bytes", "architecture", "kv_bytes"]
 COLUMNS += [f"{file}{what}_tps" for what in ("prompt", "generation") for file in ("dense_", "")]
 COLUMNS += [f"{what}_speedup{end}" for what in ("prompt", "generation") for end in ("", "_low", "_high")] + ["note", "environment"]
+WHOLE = dict.fromkeys(["same_tokens", "bytes", "kv_bytes"], "Int64")  # also where a refused row lacks them
 FOLDERS = {"mlx-lm": ("mlx", mlx), "vLLM": ("vllm", vllm)}
 
 
@@ -159,6 +160,11 @@ def parts_of_difference(
     return {f"{name}_difference": float(np.abs(a - b).max()) for name, (a, b) in pairs.items()}
 
 
+def has_parts(program: str, how: str | None) -> bool:
+    """Whether the difference of a row has parts: q8_0 rounds; the inputs of a linear repair are none of a linear layer."""
+    return program == "llama.cpp q8_0" and how != "linear"
+
+
 def speed(dense: Path, pruned: Path, ids: Sequence[int]) -> dict[str, float]:
     """Tokens per second of two files, measured in turns on one thread: medians, and the median of the ratios of a turn.
 
@@ -203,16 +209,16 @@ class Proof:
         repaired = {f"4 attention layers, 2 MLPs, {how} repair": (some, how) for how in ("constant", "linear")}
         return {label: (drop_set, None) for label, drop_set in sets.items()} | repaired
 
-    def rows(self, drop_set: list[SubBlock], how: str | None, programs: Iterable[str]) -> Iterator[dict[str, object]]:
-        """The row of each program."""
+    def rows(self, drop_set: list[SubBlock], how: str | None, programs: Mapping[str, str]) -> Iterator[dict[str, object]]:
+        """The row of each program, with its ``environment``."""
         if self.details and "llama.cpp q8_0" in programs and (whole := self.folder / "dense.gguf") and not whole.exists():
             gguf(self.model, whole, self.tokenizer, "q8_0")
         fitted = repair(self.model, drop_set, self.calibration, how) if how else None
         with dropped(self.model, drop_set, fitted):
-            for program in programs:
+            for program, where in programs.items():
                 runtime, kind = program.split()
                 row = self._in_llama_cpp(kind, drop_set, how) if runtime == "llama.cpp" else self._in(runtime)
-                yield {"program": runtime, "type": kind} | row | {"environment": environment(runtime)}
+                yield {"program": runtime, "type": kind} | row | {"environment": where}
 
     def _in_llama_cpp(self, kind: str, drop_set: list[SubBlock], how: str | None) -> dict[str, object]:
         path, ids = self.folder / "pruned.gguf", self.ids.tolist()
@@ -220,7 +226,7 @@ class Proof:
         with load(path) as runtime:
             logits, continuation = runtime.decode(ids), runtime.greedy(ids, CONTINUATION)
         row: dict[str, object] = compare(self.model, self.ids, logits, continuation)
-        if self.details and kind == "q8_0" and how != "linear":  # whose repair is no linear layer
+        if self.details and has_parts(f"llama.cpp {kind}", how):
             row |= parts_of_difference(self.model, self.ids, logits, self.folder / "rounded.gguf")
         with load(path, CONTEXT, kv_type="f16") as runtime:  # llama.cpp's own default
             row |= {"bytes": exported.nbytes, "architecture": exported.architecture, "kv_bytes": runtime.kv_bytes}
@@ -257,27 +263,35 @@ def prove(name: str, programs: Iterable[str] = PROGRAMS, details: bool = True, r
         details: of q8_0, the parts of its difference and the speed, which take longest.
     """
     results = results or RESULTS / name / "export.csv"
-    table = pd.read_csv(results) if results.exists() else pd.DataFrame()
-    rows = [{key: value for key, value in row.items() if not pd.isna(value)} for row in table.to_dict("records")]
     here: dict[str, str] = {}
     for program in programs:
         try:
             here[program] = environment(program.split()[0])
         except RuntimeUnavailable as error:
             print(f"{program} is left out: {error}", file=sys.stderr)
-    rows = [row for row in rows if row["environment"] == here.get(f"{row['program']} {row['type']}", row["environment"])]
-    done = {(row["drop"], f"{row['program']} {row['type']}") for row in rows}
+    table = pd.read_csv(results) if results.exists() else pd.DataFrame()
+    rows = {
+        (row["drop"], program): {key: value for key, value in row.items() if not pd.isna(value)}
+        for row in table.to_dict("records")
+        if row["environment"] == here.get(program := f"{row['program']} {row['type']}", row["environment"])
+    }
     with tempfile.TemporaryDirectory() as folder:
         proof = Proof(name, Path(folder), details)
         sets = proof.sets()
-        order = {label: place for place, label in enumerate(sets)}
+        keys = [(label, program) for program in PROGRAMS for label in sets]
         for label, (drop_set, how) in progress(sets.items(), f"{name} in {', '.join(here)}", total=len(sets)):
-            missing = [program for program in here if (label, program) not in done]
+            missing = {
+                program: where
+                for program, where in here.items()
+                if (label, program) not in rows
+                or (details and has_parts(program, how) and "weights_difference" not in rows[label, program])
+            }
             for row in proof.rows(drop_set, how, missing) if missing else ():
-                rows.append({"drop": label, "sub_blocks": "; ".join(map(str, drop_set))} | row)
-                rows.sort(key=lambda row: (PROGRAMS.index(f"{row['program']} {row['type']}"), order.get(row["drop"], 0)))
-                write_text(results, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, float_format="%.6g"))
-    return pd.DataFrame(rows, columns=COLUMNS)
+                key = label, f"{row['program']} {row['type']}"
+                rows[key] = {"drop": label, "sub_blocks": "; ".join(map(str, drop_set))} | row
+                table = pd.DataFrame([rows[key] for key in keys if key in rows], columns=COLUMNS).astype(WHOLE)
+                write_text(results, table.to_csv(index=False, float_format="%.6g"))
+    return table
 
 
 def main(arguments: list[str] | None = None) -> int:

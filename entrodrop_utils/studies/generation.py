@@ -1,14 +1,42 @@
-"""Greedy continuations: how much a model repeats itself, which held-out loss does not show."""
+"""What a pruned model writes: answers to a task with free answers, and how much it repeats itself. Held-out loss shows neither.
+
+``python -m entrodrop_utils.studies.generation MODEL`` writes ``data/results/MODEL/generation.csv`` after every pruned model.
+Answers are kept in the cache, so a run that was stopped continues.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cached_scoring import cached_score
+from ..dropping import dropped
+from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
+from ..files import write_text
+from ..layerwise import DropSet
+from ..models import load_model
+from ..paths import RESULTS
+from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
+from ..selection import count_of, one_shot
+from ..statistics import mean_interval, share_interval
+from ..tasks import task_scores_by_set
+from ..text import windows
+from .speed import device_name
 
 N_GRAM = 4  # tokens of the pieces whose repetition is counted
+FRACTIONS = (0.125, 0.25, 0.375)  # of the attention layers
+METRICS = ("cosine", "bucket")
+SCORED, PROMPTS, NEW = (24, 256), (24, 64), 64  # calibration windows; prompts of evaluation text; tokens that continue them
+FILE = "generation.csv"
+COLUMNS = ["metric", "n_dropped", "n_layers", "task", "task_metric", "items", "value", "low", "high"]
+COLUMNS += ["repeated", "repeated_low", "repeated_high", "prompts", "precision", "device"]
 
 
 @measuring
@@ -21,3 +49,73 @@ def repeated_shares(
     texts = model.generate(prompts.to(model.device), attention_mask=mask.to(model.device), **settings)[:, prompts.shape[1] :]
     pieces = [[tuple(text[i : i + gram]) for i in range(len(text) - gram + 1)] for text in texts.tolist()]
     return np.array([1 - len(set(runs)) / len(runs) for runs in pieces])
+
+
+def generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    drop_set: DropSet,
+    task: str,
+    items: int,
+    prompts: Int[Tensor, "prompt token"],
+) -> list[dict[str, object]]:
+    """One row for each metric of the task: task, task_metric, items, value (share of right answers) with Wilson's interval, and the
+    mean repeated share of greedy continuations with its interval over prompts.
+
+    Raises:
+        ValueError: a task that does not exist.
+        RuntimeError: its data are not on this machine.
+    """
+    scores, answers = task_scores_by_set(model, tokenizer, [task], [drop_set], items)
+    if answers.empty:
+        raise RuntimeError(f"{task} was not measured: {scores.note.iloc[0]}")
+    with dropped(model, drop_set):
+        repeated = mean_interval(repeated_shares(model, prompts, NEW))
+    rows = []
+    for metric, of_metric in answers.groupby("metric", sort=False):
+        values = dict(zip(("value", "low", "high"), share_interval(of_metric.value.to_numpy() > 0), strict=True))
+        pieces = dict(zip(("repeated", "repeated_low", "repeated_high"), repeated, strict=True))
+        rows.append({"task": task, "task_metric": metric, "items": len(of_metric), **values, **pieces, "prompts": len(prompts)})
+    return rows
+
+
+def attention_choices(
+    scores: pd.DataFrame, n_layers: int, metrics: Sequence[str], fractions: Sequence[float]
+) -> dict[tuple[str, int], DropSet]:
+    """(metric, number) -> the attention layers that it drops in one shot; the dense model, with no metric, comes first."""
+    counts = [count_of(fraction, n_layers) for fraction in fractions]
+    chosen = {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for m in metrics for n in counts}
+    return {("dense", 0): (), **chosen}
+
+
+def generation(name: str, task: str, items: int, precision: str) -> pd.DataFrame:
+    """Measure a model and write the table as it grows: ``COLUMNS``, with the weights in ``precision`` while it writes."""
+    model, tokenizer = load_model(name)
+    scores = cached_score(model, windows(DEFAULT_TEXT, "calibration", tokenizer, *SCORED), METRICS, ["attention"])
+    n_layers = len(decoder_layers(model))
+    del model  # a large one is in memory once
+    model, _ = load_model(name, dtype=precision)
+    prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
+    choices, rows = attention_choices(scores, n_layers, METRICS, FRACTIONS), []
+    for (metric, n), drop_set in choices.items():
+        own = {"metric": metric, "n_dropped": n, "n_layers": n_layers, "precision": precision, "device": device_name(model.device)}
+        rows += [own | row for row in generated(model, tokenizer, drop_set, task, items, prompts)]
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        write_text(RESULTS / slug(name) / FILE, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Let a model and its pruned versions answer a task with free answers, and count their repetitions."""
+    parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.generation", description=main.__doc__)
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
+    parser.add_argument("--task", default="gsm8k", help="of lm-evaluation-harness")
+    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--precision", default="bfloat16", help="of the weights while the model writes: float32 or bfloat16")
+    chosen = parser.parse_args(arguments)
+    print(generation(chosen.model, chosen.task, chosen.items, chosen.precision).round(3).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
