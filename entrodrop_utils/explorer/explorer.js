@@ -207,7 +207,7 @@ class Page {
   }
 
   status() {
-    const { phase, what, fraction, waiting, error } = this.get("status"), { part } = this;
+    const { phase, what, fraction, waiting, error, heard } = this.get("status"), { part } = this;
     const ahead = phase === "ahead", busy = Boolean(phase) && !ahead;
     part.what.textContent = ahead ? "ready; measuring ahead for moves to come" : busy ? what || `${phase} …` : "ready";
     part.what.classList.toggle("ed-quiet", !busy);
@@ -222,8 +222,8 @@ class Page {
     part.error.hidden = !error;
     if (part.error.textContent !== (error || "")) part.error.textContent = error || "";
     this.describe();
-    if (!error) return;
-    this.fields();
+    if (error && heard !== this.heard) this.fields();  // once: what is typed after a refused value stays
+    this.heard = heard;
   }
 
   // --- the map
@@ -440,7 +440,7 @@ class Page {
   costChart(data, svg) {
     const box = this.frame(svg, `cost on ${data.evaluation}`, "number dropped", "loss increase, nats per token (square-root scale)",
       [...data.lines.map((line, i) => [`line-${i % 5}`, line.name]), ...(data.random.length ? [["random-key", "random choices: range and median"]] : [])]);
-    const all = [...data.lines.flatMap((line) => line.points.map((p) => p[1])), ...data.random.map((r) => r[3])];
+    const all = [...data.lines.flatMap((line) => line.points.map((p) => p[1])), ...data.random.flatMap((r) => [r[1], r[3]])];
     const most = Math.max(0.1, ...all.filter((v) => v !== null)), count = Math.max(1, data.most, ...data.lines.flatMap((l) => l.points.map((p) => p[0])));
     const x = (n) => box.left + (n / (count + 0.5)) * (box.right - box.left);
     const root = (value) => Math.sign(value) * Math.sqrt(Math.abs(value)), low = root(Math.min(0, ...all.filter((v) => v !== null)));
