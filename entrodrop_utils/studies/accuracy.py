@@ -22,11 +22,11 @@ from ..layerwise import DropSet, set_name
 from ..repairing import maps_by_how
 from ..scoring import METRICS, is_entropy
 from ..selection import PUBLISHED_PROTECTED, one_shot
-from ..statistics import Interval, comparison, ends, interval_text, share_interval
+from ..statistics import Interval, comparison, ends, interval_text
 from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import is_local_task, task_cards
 from ..tasks.retention import Retention, above_chance, accuracies
-from .methods import KIND_NAMES, RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, with_labels
+from .methods import KIND_NAMES, RANDOM, Choice, Method, drop_orders, drop_sets, losses_of, place_of, with_labels
 
 BEST_OTHER = "best other"  # stands for the metric, of those that are not named, with the least loss on validation text
 RANDOM_MEAN = "random (mean)"  # the random choices of a kind and number together
@@ -300,9 +300,7 @@ def place_among_choices(accuracy: pd.DataFrame) -> pd.DataFrame:
     for (kind, n), group in means.groupby(["kind", "n_dropped"]):
         draws = group[group.rule == RANDOM].value.to_numpy()
         for row in group[group.rule != RANDOM].itertuples() if len(draws) else ():
-            share = share_interval(draws < row.value)
-            verdict = comparison(share.low - 0.5, share.high - 0.5)
-            rows.append((kind, n, row.method, row.metric, row.rule, len(draws), *share, verdict))
+            rows.append((kind, n, row.method, row.metric, row.rule, *place_of(draws < row.value)))
     columns = ["kind", "n_dropped", "method", "metric", "rule", "draws", "share", "low", "high", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 

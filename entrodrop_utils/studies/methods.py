@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 from scipy.stats import false_discovery_control, ttest_rel
 
 from ..entropy import ESTIMATORS
@@ -179,12 +180,16 @@ def place_among_draws(pruning: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for row in pruning[pruning.rule != RANDOM].itertuples():
         if (losses := draws.get((row.kind, row.n_dropped))) is not None:
-            share = share_interval(losses > row.nll)
             layers = " ".join(map(str, sorted(map(int, row.dropped.split()))))
-            verdict = comparison(share.low - 0.5, share.high - 0.5)
             method = (getattr(row, column) for column in METHOD_COLUMNS)
-            rows.append((row.kind, *method, row.n_dropped, layers, len(losses), *share, verdict))
+            rows.append((row.kind, *method, row.n_dropped, layers, *place_of(losses > row.nll)))
     return pd.DataFrame(rows, columns=["kind", *METHOD_COLUMNS, "n_dropped", "dropped", "draws", "share", "low", "high", "verdict"])
+
+
+def place_of(beaten: Bool[np.ndarray, "draw"]) -> tuple[int, float, float, float, str]:
+    """A place among random draws, from whether each of them is beaten: their number, the share with Wilson's interval, verdict."""
+    share = share_interval(beaten)
+    return len(beaten), *share, comparison(share.low - 0.5, share.high - 0.5)
 
 
 def layers_text(drop_set: DropSet) -> str:
