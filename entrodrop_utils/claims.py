@@ -18,7 +18,7 @@ BENCHMARKS, HOME_MADE, HELD_OUT, CALIBRATION = EVIDENCE = (  # strongest first
     "held-out text",
     "calibration text",
 )
-SIZES = ("paper", "default", "large")  # of runs, the one with more text or draws first
+SIZES = ("paper", "default", "large", "xlarge")  # of runs, the one with more text or draws first
 SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the first that is there counts
     "bucket entropy falls, then rises": r"^bucket entropy falls.*then rises(?!.*without)",
     "KNN entropy falls, then rises": r"^knn entropy falls.*then rises(?!.*without)",

@@ -33,8 +33,8 @@ PANELS = {  # of the figure: title -> words of its statements, and what its axis
     "among random sets": ("beats random", "share of draws\nthat cost more"),
     "attention against MLPs": ("more redundant", "extra loss of dropping\nMLPs (nats)"),
 }
-BENCHMARK_RUNS = ("paper", "large")  # sizes with public benchmarks
-RUNS = (DEFAULT_SIZE, "large")  # sizes with the same amounts of text; large has fewer random choices
+BENCHMARK_RUNS = ("paper", "large", "xlarge")  # sizes with public benchmarks
+RUNS = (DEFAULT_SIZE, "large", "xlarge")  # sizes with the same amounts of text; the last two have fewer random choices
 LABEL = {"textcoords": "offset points", "fontsize": 8}
 PAPER_TABLE = "mean accuracy of 13 benchmarks"
 
