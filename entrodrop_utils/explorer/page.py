@@ -1,5 +1,6 @@
 """The explorer as a person sees it: a widget that draws what ``state.Session`` holds; a thread measures what is missing."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +12,13 @@ import anywidget
 import traitlets
 from IPython.display import display
 
-from .. import scoring, text
+from .. import figures, scoring, text
 from ..models import KNOWN, opening_cost
 from ..profile import DEFAULT_MODEL, Profile
 from ..progress import HEADLESS
 from ..residual import KINDS, SubBlock
 from . import drawing, sharing
-from .background import Background, sentence
+from .background import Background, Cells, sentence
 from .choice import Choice
 from .settings import OPTIONS, ROLES
 from .state import Explorer, Pin, Ranking, Session, sink_of
@@ -60,12 +61,14 @@ class Page:
                 "limits": {name: [least, greatest] for name, (_, least, greatest) in OPTIONS.items()},
                 "texts": [*text.OWN, *text.HUB],
                 "roles": list(ROLES),
-                "columns": drawing.COLUMNS,
+                "colours": {**figures.COLOURS, "chosen": drawing.CHOSEN},
+                "columns": drawing.columns(explorer.n_tokens),
                 "ghosts": drawing.ghosts(),
                 "exports": list(sharing.RUNTIMES),
             }
         )
         self.widget.on_msg(lambda _, content, __: self.receive(content))
+        self.cells = Cells()
         self.background = Background(self._progress, lambda error: self._failed(None, error))
         wish = ({} if n is None else {"n": n}) | ({"by_hand": by_hand} if by_hand else {})
         self._ask(wish=wish)
@@ -178,6 +181,7 @@ class Page:
                 self._draw()
             self._phase = "ahead"
             for number, step in enumerate(self._ahead(ranking, choice, pins)):
+                self.cells.wait()
                 step()
                 if number % 4 == 3:
                     self._draw()
@@ -192,25 +196,25 @@ class Page:
             yield lambda chosen=chosen: (loaded.cost(chosen, settings), loaded.size(chosen))
         yield lambda: (loaded.reading((), said), loaded.reading(drop, said))
         for name, chosen in (("dense", ()), ("pruned", drop)) if settings.prompt.strip() else ():
-            yield lambda name=name, chosen=chosen: loaded.continuation(chosen, settings.prompt, lambda text: self._hear(name, text))
+            hear = functools.partial(self._hear, name)
+            yield functools.partial(loaded.continuation, chosen, settings.prompt, hear=hear)
         yield lambda: loaded.curve(drop, settings)
         for pin in pins:
             yield lambda pin=pin: (loaded.cost(pin.drop, settings), loaded.size(pin.drop))
-        for chosen in ((), *(pin.drop for pin in pins)):
-            yield lambda chosen=chosen: loaded.speed(chosen)
         for pin in pins:
             yield lambda pin=pin: loaded.repaired(pin.drop, settings, pin.settings)
 
     def _ahead(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
-        """What moves to come will ask for: neighbouring counts, random choices of this size, other metrics, single drops."""
+        """Speeds, and what moves to come will ask for: neighbouring counts, random choices, other metrics, single drops."""
         loaded, settings, (low, high), n = ranking.loaded, ranking.settings, choice.limits, choice.n
 
         def cost(drop: Sequence[SubBlock]) -> Callable[[], object]:
             return lambda: (loaded.cost(drop, settings), loaded.size(drop))
 
+        for chosen in ((), *(pin.drop for pin in pins), choice.dropped):
+            yield lambda chosen=chosen: loaded.speed(chosen)
         near = sorted(range(low, high + 1), key=lambda count: abs(count - n))
         yield from (cost(choice.at(count)) for count in near[:7])
-        yield lambda: loaded.speed(choice.dropped)
         for metric in scoring.METRICS:
             yield lambda metric=metric: self._rank(ranking, metric)
         yield from (cost(draw) for drop in (choice.dropped, *(pin.drop for pin in pins)) for draw in loaded.draws(drop))
@@ -282,6 +286,7 @@ class Page:
 
     def close(self) -> None:
         """End the background thread and let the model go."""
+        self.cells.close()
         self.background.close()
 
 
