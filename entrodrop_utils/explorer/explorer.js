@@ -440,7 +440,7 @@ class Page {
 
   costChart(data, svg) {
     const box = this.frame(svg, `cost on ${data.evaluation}`, "number dropped", "loss increase, nats per token (square-root scale)",
-      [...data.lines.map((line, i) => [`line ed-line-${i % 5}`, line.name, this.tone(line)]), ...(data.random.length ? [["random-key", "random choices: range and median"]] : [])]);
+      [...data.lines.map((line, i) => [`cost ed-cost-${i % 5}`, line.name, this.tone(line)]), ...(data.random.length ? [["random-key", "random choices: range and median"]] : [])]);
     const all = [...data.lines.flatMap((line) => line.points.map((p) => p[1])), ...data.random.flatMap((r) => [r[1], r[3]])];
     const most = Math.max(0.1, ...all.filter((v) => v !== null)), count = Math.max(1, data.most, ...data.lines.flatMap((l) => l.points.map((p) => p[0])));
     const x = (n) => box.left + (n / (count + 0.5)) * (box.right - box.left);
@@ -455,7 +455,7 @@ class Page {
     data.lines.forEach((line, i) => {
       const path = line.points.map(([n, v], j) => `${j && line.points[j - 1][0] === n - 1 ? "L" : "M"}${x(n).toFixed(1)} ${y(v).toFixed(1)}`).join("");
       const style = this.tone(line);
-      svg.append(draw("path", { class: `ed-curve ed-line ed-line-${i % 5}`, d: path, style }), ...line.points.map(([n, v]) => draw("circle", { cx: x(n), cy: y(v), r: 2, class: "ed-dot", style })));
+      svg.append(draw("path", { class: `ed-curve ed-cost ed-cost-${i % 5}`, d: path, style }), ...line.points.map(([n, v]) => draw("circle", { cx: x(n), cy: y(v), r: 2, class: "ed-dot", style })));
     });
     const n = this.get("choice").n, here = data.lines[0].points.find((p) => p[0] === n);
     if (here) svg.append(draw("rect", { x: x(n) - 4.5, y: y(here[1]) - 4.5, width: 9, height: 9, class: "ed-here" }));

@@ -135,14 +135,11 @@ class LoadedModel:
         """These metrics, as they are set, of every sub-block; those measured before come from the cache on disk."""
         return cached_score(self.model, self.calibration(settings), {name: settings.configured(name) for name in metrics})
 
+    @once
     def ranks(self, settings: Settings, metric: str) -> dict[SubBlock, int]:
         """The place of every sub-block among those of its kind, 1 for the most redundant, by a metric as it is set."""
-        if (known := self.known("ranks", settings, metric)) is None:
-            scores = self.scores(settings, (metric,))
-            orders = [one_shot(scores, metric, kind, protected=()) for kind in KINDS]
-            known = {s: rank for order in orders for rank, s in enumerate(order, start=1)}
-            self._results[_key("ranks", (settings, metric))] = known
-        return known
+        scores = cached_score(self.model, self.calibration(settings), {metric: settings.configured(metric)})
+        return {s: rank for kind in KINDS for rank, s in enumerate(one_shot(scores, metric, kind, protected=()), start=1)}
 
     @once
     def curve(self, drop: Sequence[SubBlock], settings: Settings) -> Float[np.ndarray, "endpoint"]:

@@ -228,12 +228,14 @@ def test_the_dark_theme_is_readable(page, explorer, screenshots):
         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); };
         const light = s => { const [r, g, b] = parts(s); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
         const ground = light(getComputedStyle(root).backgroundColor);
-        const of = one => { const style = getComputedStyle(one), text = light(one.closest('svg') ? style.fill : style.color);
-        return (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05); };
+        const ratio = colour => { const [low, high] = [light(colour), ground].sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05); };
+        const of = one => { const style = getComputedStyle(one); return ratio(one.closest('svg') ? style.fill : style.color); };
         const texts = ['.ed-title', '.ed-field > span', '.ed-axis', '.ed-table td', '.ed-table small'];
-        return texts.map(s => of(root.querySelector(s))); }"""
+        return [...texts.map(s => of(root.querySelector(s))), ratio(getComputedStyle(root.querySelector('.ed-cost')).stroke)]; }"""
     )
-    assert min(contrast) >= 4.5, contrast
+    assert min(contrast[:-1]) >= 4.5, contrast
+    assert contrast[-1] >= 3, contrast  # the colour of what is chosen, in lines
 
 
 def test_a_second_browser_shows_the_same_kernel(browser, page, explorer):
