@@ -1,12 +1,14 @@
 """The explorer's page in a browser, on a small random model: what a person does, and what must never disagree."""
 
 import re
+import shutil
 
 import pytest
+import tiny_gguf
 from test_lab import opened, run_all
 from tiny_page import LAYERS, write_model, write_notebook
 
-from entrodrop_utils.paths import BUILD, ROOT
+from entrodrop_utils.paths import BUILD, MODELS, ROOT
 
 pytestmark = pytest.mark.browser
 SLOW = 240_000  # milliseconds: on a busy machine everything takes long, and nothing here is about time
@@ -252,3 +254,23 @@ def test_a_second_browser_shows_the_same_kernel(browser, page, explorer):
             counted(shown, f"{LAYERS - 3} of {LAYERS} attention layers")
     finally:
         other.context.close()
+
+
+def test_a_gguf_file_is_opened(page, explorer, tmp_path, screenshots, monkeypatch):
+    monkeypatch.setattr(tiny_gguf, "LAYERS", 6)
+    file, before = tmp_path / "opened.gguf", set(MODELS.glob("opened-*"))
+    tiny_gguf.write(file)
+    model = explorer.locator("[data-setting=model]")
+    model.fill(str(file))
+    explorer.locator(".ed-note", has_text="a GGUF file, converted once").wait_for()
+    explorer.get_by_role("button", name="Open", exact=True).click()
+    try:
+        counted(explorer, rf"\d+ of {tiny_gguf.LAYERS} attention layers")
+        settle(page, explorer)
+        assert explorer.get_by_role("alert").inner_text() == ""
+        assert model.input_value() == str(file)
+        assert str(file) in explorer.locator(".ed-line").inner_text()
+        page.screenshot(path=screenshots / "explorer-gguf.png")
+    finally:
+        for folder in set(MODELS.glob("opened-*")) - before:
+            shutil.rmtree(folder)
