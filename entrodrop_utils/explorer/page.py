@@ -26,7 +26,6 @@ from .state import Explorer, Pin, Ranking, Session, sink_of
 HERE = Path(__file__).parent
 OFFERED = [name for name, model in KNOWN.items() if "encoder" not in model["about"]]  # those that predict a next token
 CHOOSING = ("slide", "mark", "follow", "pin", "unpin")  # what changes the selection or the table: methods of Session
-AHEAD = "measuring ahead"  # of work that nobody waits for
 
 
 class ExplorerWidget(anywidget.AnyWidget):
@@ -242,7 +241,7 @@ class Page:
         what, fraction = self._step
         self.widget.status = {
             "phase": self._phase,
-            "what": AHEAD if self._phase == "ahead" else what,
+            "what": what,
             "fraction": fraction,
             "waiting": self.session.waiting,
             "error": self.session.error,
