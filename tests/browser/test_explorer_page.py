@@ -305,6 +305,6 @@ def test_any_host_of_anywidgets_can_show_it(page, tiny, screenshots):
     sent = page.evaluate("window.sent")
     assert sent == [{"do": "slide", "n": LAYERS - 3}, {"do": "mark", "sub_blocks": [[5, "mlp"]]}]
     assert shown.evaluate("root => getComputedStyle(root).backgroundColor") == "rgb(30, 30, 30)"
-    colours = "root => ['.ed-table td', '.ed-nexts td', '.ed-title'].map(s => getComputedStyle(root.querySelector(s)).color)"
+    colours = "root => ['.ed-table tbody td', '.ed-nexts td', '.ed-title'].map(s => getComputedStyle(root.querySelector(s)).color)"
     assert shown.evaluate(colours) == ["rgb(204, 204, 204)"] * 3
     page.screenshot(path=screenshots / "explorer-plain.png")
