@@ -84,12 +84,13 @@ def test_claims_follow_the_compared_fractions():
     assert claims.evidence.tolist() == ["held-out text: 12 windows"] * 2 + ["held-out text: 12 windows; 40 draws"]
 
 
-def test_random_choices_are_measured_at_the_compared_numbers_only():
+def test_each_kind_has_its_own_number_of_random_choices():
     drawn = [Method("random", "random", draw=d) for d in range(3)]
     choices = {(kind, m, n): () for kind in ("attention", "mlp") for m in (COSINE, *drawn) for n in (4, 8)}
-    kept = comparison.to_measure(choices, [8], {"attention": 3, "mlp": 1})
+    kept = comparison.to_measure(choices, {"attention": 3, "mlp": 1})
     assert [choice for choice in kept if choice[1] == COSINE] == [c for c in choices if c[1] == COSINE]
-    assert [(kind, m.draw, n) for kind, m, n in kept if m != COSINE] == [*(("attention", d, 8) for d in range(3)), ("mlp", 0, 8)]
+    of_attention = [("attention", d, n) for d in range(3) for n in (4, 8)]
+    assert [(kind, m.draw, n) for kind, m, n in kept if m != COSINE] == [*of_attention, ("mlp", 0, 4), ("mlp", 0, 8)]
 
 
 def test_choices_from_halves_are_those_of_the_halves_own_means():

@@ -329,44 +329,71 @@ def retention_figure(accuracy: pd.DataFrame, metrics: Sequence[str], n: int, n_l
     kept, guessing = _headline_rows(accuracy, n, metrics)[PAPER_COUNT[0]], floor(accuracy)
     span = f"{kept.min():.0%} to {kept.max():.0%}" if len(kept) else "an unknown share"
     title = f"Without {n} of {n_layers} attention layers {span} of accuracy stays; guessing keeps {guessing:.0%}"
-    n_rows = sum(1 + rows.metric.nunique() for _, rows in groups)
-    figure, axes = figures.headed_panels(title, 2, 1.0 + 0.2 * n_rows, sharey=True)
-    labels: list[str] = []
-    for (kind, count), rows in groups:
-        labels.append(f"{count} of {n_layers} {KIND_NAMES[kind]}")
-        for metric in [*[m for m in metrics if m in set(rows.metric)], *[RANDOM] * (RANDOM in set(rows.metric))]:
-            for axis, columns in zip(axes, (PAPER_COUNT, ABOVE_CHANCE), strict=True):
-                draw_retention(axis, len(labels), rows[rows.metric == metric], columns)
-            labels.append(metric)
+    order = [*metrics, RANDOM]
+    named = {
+        f"{count} of {n_layers} {KIND_NAMES[kind]}": rows.sort_values("metric", key=lambda m: m.map(order.index))
+        for (kind, count), rows in groups
+    }
+    figure, axes = figures.headed_panels(title, 2, panel_height(named), sharey=True)
     dense = dense_table(accuracy)
     names = f"as the paper counts it ({len(dense)} tasks)", f"above chance ({(dense['above chance'] == 'yes').sum()} tasks)"
-    for axis, name, floor_of in zip(axes, names, (guessing, 0.0), strict=True):
-        low, high = axis.get_xlim()
-        left = min(low, floor_of - 0.3 * (high - floor_of))
-        axis.axvspan(left, floor_of, color="#ededed", linewidth=0)
-        axis.text(floor_of, 0, "guessing ", ha="right", va="center", fontsize=8, color="#555555")
-        axis.axvline(promised, color="black", linewidth=0.8, linestyle="--")
-        axis.set_xlim(left=left)
+    for axis, name, columns, floor_of in zip(axes, names, (PAPER_COUNT, ABOVE_CHANCE), (guessing, 0.0), strict=True):
+        draw_retentions(axis, named, columns, dict.fromkeys(named, floor_of), promised)
         axis.set_title(name)
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axis.grid(False, axis="y")
-    axes[0].set_yticks(range(len(labels)), labels)
-    for label in axes[0].get_yticklabels():
-        label.set_fontweight("bold" if " of " in label.get_text() else "normal")
-    axes[0].set_ylim(len(labels) - 0.4, -0.6)
     figure.supxlabel(f"share of the dense model's accuracy that stays; dashed: {promised:.0%}", fontsize=9)
     return figure
 
 
-def draw_retention(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
+def panel_height(groups: Mapping[str, pd.DataFrame]) -> float:
+    """The height in inches of a panel of ``draw_retentions``."""
+    return max(2.6, 1.0 + 0.2 * sum(1 + rows.metric.nunique() for rows in groups.values()))
+
+
+def draw_retentions(
+    axis: Axes, groups: Mapping[str, pd.DataFrame], columns: Sequence[str], guessing: Mapping[str, float], promised: float
+) -> None:
+    """Retention by metric below the name of each group, over the grey floor of guessing; random choices are ticks.
+
+    Args:
+        groups: the means of ``mean_rows`` by name.
+        columns: of the retention and its interval.
+        guessing: the retention of guessing, by name.
+    """
+    labels: list[str] = []
+    bands: dict[str, tuple[int, int]] = {}
+    for name, group in groups.items():
+        labels.append(name)
+        for metric, rows in group.groupby("metric", sort=False):
+            _draw_retention(axis, len(labels), rows, columns)
+            labels.append(metric)
+        bands[name] = len(labels) - group.metric.nunique() - 1, len(labels)
+    low, high = axis.get_xlim()
+    left = min([low, *(guessing[name] - 0.4 * (high - guessing[name]) for name in groups)])
+    written: set[float] = set()
+    for name, (first, last) in bands.items():
+        axis.fill_betweenx([first - 0.6, last - 0.4], left, guessing[name], color="#ededed", linewidth=0)
+        if guessing[name] not in written:
+            axis.text(guessing[name], first, "guessing ", ha="right", va="center", fontsize=8, color="#555555")
+            written.add(guessing[name])
+    axis.axvline(promised, color="black", linewidth=0.8, linestyle="--")
+    axis.set(xlim=(left, high), ylim=(len(labels) - 0.4, -0.6))
+    axis.set_yticks(range(len(labels)), labels)
+    for label in axis.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in groups else "normal")
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.grid(False, axis="y")
+
+
+def _draw_retention(axis: Axes, place: int, rows: pd.DataFrame, columns: Sequence[str]) -> None:
     """The retention of one metric with its interval, or of the random draws as ticks."""
     metric = rows.metric.iloc[0]
+    colour = figures.COLOURS.get(metric, figures.GREY)
     for estimate, low, high in rows[list(columns)].itertuples(index=False):
         if metric == RANDOM:
             axis.plot([estimate], [place], "|", color=figures.GREY, markersize=10)
         else:
-            axis.plot([low, high], [place, place], color=figures.COLOURS.get(metric, figures.GREY), linewidth=3, alpha=0.5)
-            axis.plot([estimate], [place], "o", color=figures.COLOURS.get(metric, figures.GREY), markersize=6)
+            axis.plot([low, high], [place, place], color=colour, linewidth=3, alpha=0.5)
+            axis.plot([estimate], [place], "o", color=colour, markersize=6)
 
 
 def accuracy_claims(

@@ -1,6 +1,6 @@
 """The comparison of entropy with cosine similarity and with random choices: rankings, costs of pruning, and the paper's claims."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -34,14 +34,11 @@ def all_methods(n_random: int) -> list[Method]:
     return [*entropies, *(Method(name) for name in SIMILARITIES), *random, DEEPEST]
 
 
-def to_measure(choices: Mapping[Choice, DropSet], compared: Iterable[int], draws: Mapping[str, int]) -> dict[Choice, DropSet]:
-    """The choices without those random ones that are not at a compared number, or beyond the number of draws of their kind."""
-    compared = set(compared)
-
-    def is_wanted(kind: str, method: Method, n: int) -> bool:
-        return method.rule != RANDOM or (n in compared and method.draw < draws[kind])
-
-    return {choice: drop_set for choice, drop_set in choices.items() if is_wanted(*choice)}
+def to_measure(choices: Mapping[Choice, DropSet], draws: Mapping[str, int]) -> dict[Choice, DropSet]:
+    """The choices without those random ones that are beyond the number of draws of their kind."""
+    return {
+        choice: drop_set for choice, drop_set in choices.items() if choice[1].rule != RANDOM or choice[1].draw < draws[choice[0]]
+    }
 
 
 def is_method(table: pd.DataFrame, methods: Sequence[Method]) -> pd.Series:

@@ -199,8 +199,8 @@ def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str
         measured: as ``measured_retention`` returns it; random choices are ticks, grey is guessing.
     """
     shown = measured[~measured.metric.str.contains("repaired")]
-    n_rows = sum(1 + group.metric.nunique() for _, group in shown.groupby("model"))
-    figure, (axis, by_model) = headed_panels(title, 2, max(2.6, 1.0 + 0.2 * n_rows))
+    groups = dict(iter(shown.groupby("model", sort=False)))
+    figure, (axis, by_model) = headed_panels(title, 2, accuracy.panel_height(groups))
     axis.axhline(0.95, color="black", linewidth=0.8, linestyle="--")
     looks = {"EntroDrop": (COLOURS["bucket"], "o-"), "LLM-Drop (cosine)": (COLOURS["cosine"], "s--")}
     for method, (colour, style) in looks.items():
@@ -209,29 +209,14 @@ def published_figure(published: pd.DataFrame, measured: pd.DataFrame, title: str
         x, y = rows.n_dropped.iloc[-1] / rows.n_total.iloc[-1], rows.retention.iloc[-1]
         axis.annotate(method.replace(" (", "\n("), (x, y), (6, 0), color=colour, va="center", **LABEL)
     axis.margins(y=0.12)
-    axis.set(title="published, Llama-3.1-8B", xlabel="share of attention layers dropped", ylabel="accuracy kept", xlim=(0.1, 0.74))
+    axis.set(title="published, Llama-3.1-8B", xlabel="attention layers dropped (%)", ylabel="accuracy kept", xlim=(0.1, 0.74))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axis.set_xticks(np.unique(published.n_dropped / published.n_total))
-    labels: list[str] = []
-    for model, group in shown.groupby("model", sort=False):
-        start = len(labels)
-        labels.append(model)
-        for metric, rows in group.groupby("metric", sort=False):
-            accuracy.draw_retention(by_model, len(labels), rows, accuracy.PAPER_COUNT)
-            labels.append(metric)
-        by_model.fill_betweenx([start + 0.5, len(labels) - 0.5], 0, group.guessing.iloc[0], color="#ededed", linewidth=0)
-    if labels:
-        lows = [*shown.retention_low, *shown.guessing]
-        by_model.set_xlim(min(lows) - 0.05, max(1.02, shown.retention_high.max() + 0.02))
-        by_model.set_ylim(len(labels) - 0.4, -0.6)
-    by_model.axvline(0.95, color="black", linewidth=0.8, linestyle="--")
-    by_model.set_yticks(range(len(labels)), [label.replace("knn", "KNN") for label in labels])
-    for label in by_model.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() in set(shown.model) else "normal")
-    by_model.set(title="measured at 37.5%", xlabel="accuracy kept; grey: guessing")
-    by_model.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    by_model.grid(False, axis="y")
+    shares = np.unique(published.n_dropped / published.n_total)
+    axis.set_xticks(shares, [f"{100 * share:g}" for share in shares])
+    accuracy.draw_retentions(
+        by_model, groups, accuracy.PAPER_COUNT, {name: rows.guessing.iloc[0] for name, rows in groups.items()}, 0.95
+    )
+    by_model.set(title="measured at 37.5%", xlabel="accuracy kept")
     return figure
 
 
