@@ -55,7 +55,7 @@ def _key(what: str, arguments: Sequence) -> tuple:
     return what, KEYS[what](*plain) if what in KEYS else tuple(plain)
 
 
-def once(method: Callable) -> Callable:
+def computed_once(method: Callable) -> Callable:
     """The method computes alone with the model, and each result only once; named arguments do not change the result."""
 
     @functools.wraps(method)
@@ -130,25 +130,25 @@ class LoadedModel:
 
     # --- ranking
 
-    @once
+    @computed_once
     def scores(self, settings: Settings, metrics: Sequence[str]) -> pd.DataFrame:
         """These metrics, as they are set, of every sub-block; those measured before come from the cache on disk."""
         return cached_score(self.model, self.calibration(settings), {name: settings.configured(name) for name in metrics})
 
-    @once
+    @computed_once
     def ranks(self, settings: Settings, metric: str) -> dict[SubBlock, int]:
         """The place of every sub-block among those of its kind, 1 for the most redundant, by a metric as it is set."""
         scores = cached_score(self.model, self.calibration(settings), {metric: settings.configured(metric)})
         return {s: rank for kind in KINDS for rank, s in enumerate(one_shot(scores, metric, kind, protected=()), start=1)}
 
-    @once
+    @computed_once
     def curve(self, drop: Sequence[SubBlock], settings: Settings) -> Float[np.ndarray, "endpoint"]:
         """Mean entropy at each of the 2 L + 1 endpoints, nats; a dropped sub-block passes the stream unchanged."""
         return entropy_curve(self.model, self.calibration(settings), settings.configured(settings.entropy), drop)
 
     # --- cost
 
-    @once
+    @computed_once
     def cost(self, drop: Sequence[SubBlock], settings: Settings) -> Cost:
         """Loss and divergence from the dense model on the evaluation text."""
         if settings.source not in self._losses:
@@ -182,19 +182,19 @@ class LoadedModel:
         own, others = self.increase(drop, settings), self.random_increases(drop, settings)
         return (share_interval(np.array(others) > own.mean), len(others)) if own and others else None
 
-    @once
+    @computed_once
     def size(self, drop: Sequence[SubBlock]) -> ModelSize:
         """Parameters, and bytes of keys and values per token."""
         with dropped(self.model, drop) as model:
             return model_size(model)
 
-    @once
+    @computed_once
     def speed(self, drop: Sequence[SubBlock]) -> float:
         """Tokens per second of greedy generation."""
         with dropped(self.model, drop) as model:
             return decoding_rate(model, self.tokenizer, PROMPT)
 
-    @once
+    @computed_once
     def repaired(self, drop: Sequence[SubBlock], settings: Settings, made: Settings) -> Estimate:
         """Loss on the evaluation text with a linear repair; nan where there is none, as for whole blocks.
 
@@ -210,13 +210,13 @@ class LoadedModel:
 
     # --- text that is generated and read
 
-    @once
+    @computed_once
     def continuation(self, drop: Sequence[SubBlock], prompt: str, hear: Callable[[str], None] = lambda _: None) -> str:
         """The greedy continuation of the prompt; ``hear`` is called with what there is of it after each token."""
         with dropped(self.model, drop) as model:
             return continue_text(model, self.tokenizer, prompt, NEW_TOKENS, hear)
 
-    @once
+    @computed_once
     def reading(self, drop: Sequence[SubBlock], said: str) -> Reading:
         """The loss of every token of a text and the likeliest next ones, without these sub-blocks."""
         with dropped(self.model, drop) as model:
