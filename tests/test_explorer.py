@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as hypothesis_settings
+from IPython.core.interactiveshell import InteractiveShell
 from transformers import BertConfig, BertForMaskedLM
 
 from entrodrop_utils import evaluation, models, repair, saving, scoring, text
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.entropy import bucket
+from entrodrop_utils.explorer import background as background_module
 from entrodrop_utils.explorer import drawing, loaded, sharing, state
 from entrodrop_utils.explorer import page as page_module
 from entrodrop_utils.explorer.background import Background
@@ -198,7 +200,7 @@ def test_a_reading_is_the_models_own_loss(ranking, model):
 
 def test_a_continuation_is_greedy_and_heard_as_it_comes(ranking, model):
     heard, drop = [], ranking.order[:2]
-    said = ranking.loaded.continuation(drop, "abc", heard.append)
+    said = ranking.loaded.continuation(drop, "abc", hear=heard.append)
     ids = Letters()("abc").input_ids
     with torch.no_grad(), dropped(model, drop):
         for _ in range(loaded.NEW_TOKENS):
@@ -224,7 +226,7 @@ def test_random_choices_have_as_many_of_each_kind(ranking):
     assert {tuple(sorted(s.kind for s in draw)) for draw in draws} == {("attention", "mlp", "mlp")}
     assert {s.layer for draw in draws for s in draw} == {2, 3, 4}
     assert held.draws([SubBlock(2, "block"), SubBlock(3, "mlp")]) == held.draws(find(held.model, "mlp")) == held.draws([]) == []
-    for draw in draws:
+    for draw in [(), *draws]:
         held.cost(draw, ranking.settings)
     cost = held.cost(drop, ranking.settings).loss.mean
     share, n = held.better_than(drop, ranking.settings)
@@ -364,7 +366,7 @@ def test_drawings_name_every_number(explorer):
     ranking = changed(explorer, metric="knn", k=3)
     choice, held = Choice(ranking.order, 1), ranking.loaded
     dense, now = drawing.table_of(ranking, choice, [])
-    assert {name for name, cell in now["cells"].items() if cell is None} == {*drawing.COLUMNS}
+    assert {name for name, cell in now["cells"].items() if cell is None} == {*drawing.columns(64)}
     for drop in ((), choice.dropped):
         held.size(drop), held.cost(drop, ranking.settings), held.continuation(drop, ranking.settings.prompt)
     dense, now = drawing.table_of(ranking, choice, [])
@@ -382,8 +384,15 @@ def test_drawings_name_every_number(explorer):
     assert [n for n, _ in line["points"]] == [0, 1]  # what was measured, and no more
     table = view.markdown(ranking, choice)
     perplexities = [row["cells"]["perplexity"].replace("\u00a0", " ") for row in (dense, now)]
-    assert f"| perplexity | {' | '.join(perplexities)} |" in table
+    more = cost.loss.per_window - held.cost((), ranking.settings).loss.per_window
+    assert now["cells"]["loss"] == f"{more.mean():+.2f}\u00a0±\u00a0{more.std(ddof=1) / 2:.2f}"  # of four windows, paired
+    assert dense["cells"]["loss"] == "–"
+    assert f"| perplexity in windows of up to 64 tokens | {' | '.join(perplexities)} |" in table
     assert "linear repair" not in table  # which was not measured
+    drawn = view.numbers(ranking, choice, []).set_index(["panel", "series", "at"]).value.sort_index()
+    assert drawn["loss increase", "knn (k 3)", 1] == pytest.approx(more.mean(), abs=1e-5)
+    assert list(drawn["entropy", "dense"]) == pytest.approx(list(ranking.curve), abs=1e-5)
+    assert len(drawn["score", "knn (k 3)"]) == 18
     figure = view.picture(ranking, choice, [], "A sentence.")
     hatched = [bar for axis in figure.axes for bar in axis.patches if bar.get_hatch()]
     assert [(round(bar.get_x() + 0.5), round(bar.get_y() + 0.5)) for bar in hatched] == [(choice.dropped[0].layer, 0)]
@@ -531,6 +540,31 @@ def test_an_error_is_a_sentence_and_not_the_end():
     assert said[-1] == ("", None)
 
 
+def test_work_that_nobody_waits_for_lets_cells_go_first(monkeypatch):
+    shell = InteractiveShell()
+    monkeypatch.setattr(background_module, "get_ipython", lambda: shell)
+    monkeypatch.setattr(background_module, "QUIET", 0.2)
+    cells, (worker, said, errors) = background_module.Cells(), background()
+    done = []
+
+    def ahead():
+        cells.wait()
+        done.append("ahead")
+
+    worker.do(ahead)
+    assert not worker.wait(0.3)  # made in a cell, which still runs
+    assert ("a cell runs", None) in said
+    shell.events.trigger("post_run_cell", None)
+    shell.events.trigger("pre_run_cell", None)  # Run All goes on
+    assert not worker.wait(0.5)
+    shell.events.trigger("post_run_cell", None)
+    assert worker.wait(5)
+    assert (done, errors) == (["ahead"], [])
+    cells.close()
+    shell.events.trigger("pre_run_cell", None)
+    cells.wait()  # it hears of no cell any more
+
+
 def test_cancelling_leaves_the_model_whole(ranking):
     worker, *_ = background()
     sets = [[SubBlock(i, "attention"), SubBlock(j, "mlp")] for i in range(6) for j in range(6)]
@@ -582,7 +616,7 @@ def test_everything_on_the_page_is_measured_in_the_end(page):
     widget = told(page, do="set", metric="cosine")
     told(page, do="pin")
     assert [row["name"] for row in widget.table] == ["dense", "now: cosine, one-shot", "bucket (bins 20), 2", "cosine, 2"]
-    assert all(row["cells"][name] for row in widget.table for name in drawing.COLUMNS)
+    assert all(row["cells"][name] for row in widget.table for name in drawing.columns(64))
     assert [line["name"] for line in widget.curves["lines"]] == ["cosine", "bucket (bins 20)"]
     assert [[n for n, _ in line["points"]] for line in widget.curves["lines"]] == [[0, 1, 2, 3]] * 2
     cells = [cell for row in widget.map["rows"].values() for cell in row]

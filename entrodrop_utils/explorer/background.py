@@ -3,13 +3,18 @@
 A job that was replaced or cancelled stops at its next step of progress.
 """
 
+import math
+import queue
 import threading
 import time
 from collections.abc import Callable
 
-from ..progress import LISTENER
+from IPython import get_ipython
+
+from ..progress import LISTENER, report_step
 
 OFTEN = 0.2  # seconds between two reports of progress: a page that redraws more often does nothing else
+QUIET = 0.5  # seconds after a cell in which Run All would have begun the next one
 
 
 class Cancelled(BaseException):
@@ -17,7 +22,7 @@ class Cancelled(BaseException):
 
 
 class Background:
-    """Runs jobs, one at a time, in a thread of its own; ``do`` replaces what is waiting and stops what is running.
+    """Runs jobs, one at a time, in a thread of its own; ``do`` stops what is running and skips what is waiting.
 
     Args:
         report: called with (what, fraction or None) as a job goes on, and with ("", None) when the thread has nothing to do.
@@ -26,20 +31,18 @@ class Background:
 
     def __init__(self, report: Callable[[str, float | None], None], failed: Callable[[str], None]):
         self._report, self._failed = report, failed
-        self._news = threading.Condition()
-        self._waiting: Callable[[], None] | None = None
+        self._jobs, self._lock, self._idle = queue.SimpleQueue(), threading.Lock(), threading.Event()
         self._newest = self._mine = 0
-        self._last, self._said, self._closed = 0.0, "", False
-        self._idle = threading.Event()
+        self._last, self._said = 0.0, ""
         self._idle.set()
         threading.Thread(target=self._run, daemon=True, name="explorer").start()
 
-    def do(self, job: Callable[[], None] | None) -> None:
-        """Run this as soon as what is running now has been stopped, which is at its next step."""
-        with self._news:
-            self._waiting, self._newest = job, self._newest + 1
+    def do(self, job: Callable[[], object] | None) -> None:
+        """Run this as soon as what is running now has been stopped, which is at its next step; None ends the thread."""
+        with self._lock:
+            self._newest += 1
             self._idle.clear()
-            self._news.notify()
+            self._jobs.put((self._newest, job))
 
     def cancel(self) -> None:
         """Stop what is running and forget what is waiting."""
@@ -47,8 +50,7 @@ class Background:
 
     def close(self) -> None:
         """Stop for good."""
-        self._closed = True
-        self.cancel()
+        self.do(None)
 
     def wait(self, seconds: float | int) -> bool:
         """Whether all work is done within so many seconds."""
@@ -63,20 +65,53 @@ class Background:
 
     def _run(self) -> None:
         LISTENER.set(self._listen)  # of this thread only
-        while not self._closed:
-            with self._news:
-                while self._waiting is None:
-                    self._idle.set()
-                    self._news.wait()
-                job, self._waiting, self._mine = self._waiting, None, self._newest
+        while True:
+            self._mine, job = self._jobs.get()
+            if job is None:
+                return
+            if self._mine != self._newest:
+                continue
             try:
                 job()
             except Cancelled:
                 pass
             except Exception as error:
                 self._failed(sentence(error))
-            if self._newest == self._mine:
+            if self._mine == self._newest:
                 self._report("", None)
+            with self._lock:
+                if self._mine == self._newest:
+                    self._idle.set()
+
+
+class Cells:
+    """The cells of the notebook, which somebody waits for: work that nobody waits for lets them go first."""
+
+    def __init__(self):
+        self._busy_until = 0.0
+        self._events = {"pre_run_cell": self._begin, "post_run_cell": self._end}
+        if shell := get_ipython():
+            self._begin()  # the cell that this is made in
+            for name, heard in self._events.items():
+                shell.events.register(name, heard)
+
+    def _begin(self, *_: object) -> None:
+        self._busy_until = math.inf
+
+    def _end(self, *_: object) -> None:
+        self._busy_until = time.monotonic() + QUIET
+
+    def wait(self) -> None:
+        """Until no cell runs, in steps of progress."""
+        while time.monotonic() < self._busy_until:
+            report_step("a cell runs", 0, None)
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Listen no more."""
+        if shell := get_ipython():
+            for name, heard in self._events.items():
+                shell.events.unregister(name, heard)
 
 
 def sentence(error: Exception) -> str:

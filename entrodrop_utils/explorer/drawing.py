@@ -8,24 +8,30 @@ import numpy as np
 from .. import scoring
 from ..claims import published_figures
 from ..evaluation import Estimate
+from ..generation import ModelSize
 from ..residual import KINDS, SubBlock
 from .choice import Choice
-from .loaded import NOTHING, LoadedModel
+from .loaded import NOTHING
 from .settings import Settings
 from .state import Pin, Ranking
 
+CHOSEN = "#BE1E3C"  # the colour of what is chosen: no metric's and no kind's (figures.COLOURS, KIND_COLOURS)
 CONTEXT = 1024  # tokens of context that the size of the cache is stated for
 NAMES = {"attention": "attention layer", "mlp": "MLP", "block": "block"}
-COLUMNS = {
-    "loss": "loss (nats per token)",
-    "kl": "KL to dense (nats per token)",
-    "perplexity": "perplexity",
-    "repaired": "loss after linear repair",
-    "parameters": "parameters",
-    "cache": f"KV cache at {CONTEXT:,} tokens",
-    "speed": "tokens per second",
-    "random": "better than random choices",
-}
+
+
+def columns(n_tokens: int) -> dict[str, str]:
+    """The columns of the table. A perplexity is a level, which depends on how many tokens each one has before it."""
+    return {
+        "loss": "loss increase (nats per token)",
+        "kl": "KL to dense (nats per token)",
+        "perplexity": f"perplexity in windows of up to {n_tokens} tokens",
+        "repaired": "loss increase after linear repair",
+        "parameters": "parameters",
+        "cache": f"KV cache at {CONTEXT:,} tokens",
+        "speed": "tokens per second",
+        "random": "better than random choices",
+    }
 
 
 def count_in_words(n: int, total: int, kind: str) -> str:
@@ -42,7 +48,7 @@ def unit(values: Iterable[float]) -> float:
 def map_of(ranking: Ranking) -> dict:
     """The map: for each kind and layer the score, its place on the scale from -1 to 1, and the ranks by all metrics measured."""
     settings, loaded, rows = ranking.settings, ranking.loaded, {}
-    ranks = {metric: known for metric in scoring.METRICS if (known := loaded.known("ranks", (), settings, metric))}
+    ranks = {metric: known for metric in scoring.METRICS if (known := loaded.known("ranks", settings, metric))}
     for kind in KINDS:
         values = {s: ranking.importance[s] for s in loaded.sub_blocks[kind]}
         scale = unit(values.values())
@@ -54,7 +60,7 @@ def map_of(ranking: Ranking) -> dict:
                 "score": f"{value:.4g}",
                 "shade": round(scaled[s] / most, 3),
                 "ranks": {metric.replace("_", " "): known[s] for metric, known in ranks.items()},
-                "alone": _alone(loaded, s, settings),
+                "alone": f"{alone.mean:+.3f} nats" if (alone := loaded.increase([s], settings)) else "",
             }
             for s, value in values.items()
         ]
@@ -68,11 +74,6 @@ def map_of(ranking: Ranking) -> dict:
         "rows": rows,
         "protected": protected,
     }
-
-
-def _alone(loaded: LoadedModel, sub_block: SubBlock, settings: Settings) -> str:
-    dense, cost = loaded.known("cost", (), settings), loaded.known("cost", [sub_block], settings)
-    return f"{cost.loss.mean - dense.loss.mean:+.3f} nats" if dense and cost else ""
 
 
 def choice_of(ranking: Ranking, choice: Choice) -> dict:
@@ -108,14 +109,16 @@ def curves_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> dict:
         if pin.order and pin.settings.kind == settings.kind and pin.order != tuple(choice.order):
             sets = {n: pin.order[:n] for n in range(len(pin.order) + 1)}
             if pin.settings.measure not in [line["name"] for line in lines]:
-                lines.append({"name": pin.settings.measure, "points": _points(ranking, sets)})
+                lines.append({"name": pin.settings.measure, "metric": pin.settings.metric, "points": _points(ranking, sets)})
     return {
         "entropy": settings.entropy.replace("_", " "),
         "dense": _numbers(ranking.curve),
         "pruned": None if pruned is None or not choice.dropped else _numbers(pruned),
         "lines": lines,
         "random": [
-            [n, *_numbers(np.quantile(values, [0, 0.5, 1])), len(values)] for n, values in sorted(random_costs(ranking).items())
+            [n, *_numbers(np.quantile(values, [0, 0.5, 1])), len(values)]
+            for n in range(1, len(ranking.order) + 1)
+            if (values := loaded.random_increases(ranking.order[:n], settings))
         ],
         "evaluation": settings.evaluation,
         "most": high,
@@ -124,28 +127,14 @@ def curves_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> dict:
 
 def _points(ranking: Ranking, sets: dict[int, Sequence[SubBlock]]) -> list[list[float | int | None]]:
     """(number dropped, loss increase in nats) of the sets that were measured."""
-    settings, loaded = ranking.settings, ranking.loaded
-    dense = loaded.known("cost", (), settings)
-    costs = {n: loaded.known("cost", drop, settings) for n, drop in sets.items()} if dense else {}
-    return [[n, *_numbers([cost.loss.mean - dense.loss.mean])] for n, cost in costs.items() if cost]
+    known = {n: ranking.loaded.increase(drop, ranking.settings) for n, drop in sets.items()}
+    return [[n, *_numbers([more.mean])] for n, more in known.items() if more]
 
 
 def random_counts(ranking: Ranking) -> list[int]:
     """The numbers at which random choices are measured for the curve."""
     total = len(ranking.order)
     return sorted({max(1, round(total * eighths / 8)) for eighths in range(1, 7)})
-
-
-def random_costs(ranking: Ranking) -> dict[int, list[float]]:
-    """Number dropped -> loss increase of the random choices measured so far, at least five."""
-    settings, loaded = ranking.settings, ranking.loaded
-    dense, costs = loaded.known("cost", (), settings), {}
-    for n in range(1, len(ranking.order) + 1):
-        known = [loaded.known("cost", draw, settings) for draw in loaded.draws(ranking.order[:n])]
-        values = [cost.loss.mean - dense.loss.mean for cost in known if cost and dense]
-        if len(values) >= 5:
-            costs[n] = values
-    return costs
 
 
 def table_of(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> list[dict]:
@@ -171,35 +160,30 @@ def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[st
         made: the settings that the selection was made under, whose calibration text a repair is fitted on.
     """
     loaded, settings = ranking.loaded, ranking.settings
-    dense, cost = loaded.known("cost", (), settings), loaded.known("cost", drop, settings)
+    dense, cost, more = loaded.known("cost", (), settings), loaded.known("cost", drop, settings), loaded.increase(drop, settings)
     whole, size = loaded.known("size", ()), loaded.known("size", drop)
     rate, better = loaded.known("speed", drop), loaded.better_than(drop, settings)
     repaired = loaded.known("repaired", drop, settings, made)
-    increase = f" ({cost.loss.mean - dense.loss.mean:+.2f})" if drop and cost and dense else ""
-    factor = f" (×\u00a0{_short(math.exp(cost.loss.mean - dense.loss.mean))})" if drop and cost and dense else ""
-    share = (
-        {name: f" ({getattr(size, name) / getattr(whole, name) - 1:+.0%})" for name in size._fields}
-        if drop and size and whole
-        else {}
-    )
-    return {
-        "loss": cost and _with_error(cost.loss, 2) + increase,
-        "kl": "0" if not drop else cost and _with_error(cost.kl, 3),
-        "perplexity": cost and f"{_short(cost.loss.perplexity)}{factor}",
-        "repaired": "–"
-        if not drop or repaired is NOTHING
-        else repaired and f"{repaired.mean:.2f}\u00a0±\u00a0{repaired.stderr:.2f}",
-        "parameters": size and f"{size.parameters / 1e6:.1f} M{share.get('parameters', '')}",
-        "cache": size and f"{size.cache * CONTEXT / 1e6:.1f} MB{share.get('cache', '')}",
+    mended = repaired and dense and repaired is not NOTHING and Estimate.of(repaired.per_window - dense.loss.per_window)
+    share = {name: "" for name in ModelSize._fields}
+    if drop and size and whole:
+        share = {name: f" ({getattr(size, name) / getattr(whole, name) - 1:+.0%})" for name in share}
+    texts = {
+        "loss": more and _with_error(more, "+.2f"),
+        "kl": cost and _with_error(cost.kl, ".3f"),
+        "perplexity": more and f"{_short(cost.loss.perplexity)}" + (f" (×\u00a0{_short(math.exp(more.mean))})" if drop else ""),
+        "repaired": _with_error(mended, "+.2f") if mended else None,
+        "parameters": size and f"{size.parameters / 1e6:.1f} M{share['parameters']}",
+        "cache": size and f"{size.cache * CONTEXT / 1e6:.1f} MB{share['cache']}",
         "speed": rate and f"{rate:.0f}",
-        "random": "–"
-        if not loaded.draws(drop)
-        else better and f"{better[0].estimate:.0%} of {better[1]} [{better[0].low:.0%}, {better[0].high:.0%}]",
+        "random": better and f"{better[0].estimate:.0%} of {better[1]} [{better[0].low:.0%}, {better[0].high:.0%}]",
     }
+    missing = {"loss": not drop, "kl": not drop, "repaired": not drop or repaired is NOTHING, "random": not loaded.draws(drop)}
+    return texts | {name: "–" for name, absent in missing.items() if absent}
 
 
-def _with_error(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.mean:.{digits}f}\u00a0±\u00a0{estimate.stderr:.{digits}f}"
+def _with_error(estimate: Estimate, spec: str) -> str:
+    return f"{estimate.mean:{spec}}\u00a0±\u00a0{estimate.stderr:{spec.lstrip('+')}}"
 
 
 def _short(value: float) -> str:

@@ -142,6 +142,7 @@ function build(page) {
       draw("rect", { x: 2.5, y: 6.5, width: 9, height: 6, rx: 1, class: "ed-lock" }))));
   // Lab's own shortcuts do not act on keys pressed in here
   page.root = element("div", { class: "ed", "data-lm-suppress-shortcuts": "true" }, part.defs, settings, status, part.error, part.drawn, part.tip, part.dialog);
+  page.root.style.setProperty("--ed-chosen-colour", lists.colours.chosen);
   page.root.addEventListener("keydown", (event) => event.stopPropagation());
 }
 
@@ -415,7 +416,7 @@ class Page {
     svg.setAttribute("aria-label", title);
     svg.replaceChildren(
       draw("text", { x: 4, y: 13, class: "ed-chart-title" }, title),
-      ...keys.flatMap(([name, text], i) => [draw("path", { d: `M4 ${22 + i * 13}h16`, class: `ed-curve ed-${name}` }),
+      ...keys.flatMap(([name, text, style], i) => [draw("path", { d: `M4 ${22 + i * 13}h16`, class: `ed-curve ed-${name}`, style }),
         draw("text", { x: 25, y: 25.5 + i * 13, class: "ed-axis" }, text)]),
       draw("text", { x: 4, y: top - 6, class: "ed-axis" }, yName),
       draw("text", { x: box.right, y: height - 3, "text-anchor": "end", class: "ed-axis" }, xName),
@@ -439,7 +440,7 @@ class Page {
 
   costChart(data, svg) {
     const box = this.frame(svg, `cost on ${data.evaluation}`, "number dropped", "loss increase, nats per token (square-root scale)",
-      [...data.lines.map((line, i) => [`line-${i % 5}`, line.name]), ...(data.random.length ? [["random-key", "random choices: range and median"]] : [])]);
+      [...data.lines.map((line, i) => [`cost ed-cost-${i % 5}`, line.name, this.tone(line)]), ...(data.random.length ? [["random-key", "random choices: range and median"]] : [])]);
     const all = [...data.lines.flatMap((line) => line.points.map((p) => p[1])), ...data.random.flatMap((r) => [r[1], r[3]])];
     const most = Math.max(0.1, ...all.filter((v) => v !== null)), count = Math.max(1, data.most, ...data.lines.flatMap((l) => l.points.map((p) => p[0])));
     const x = (n) => box.left + (n / (count + 0.5)) * (box.right - box.left);
@@ -453,11 +454,18 @@ class Page {
       svg.append(draw("path", { class: "ed-random", d: `M${x(n)} ${y(low)}V${y(high)}` }), draw("path", { class: "ed-random-middle", d: `M${x(n) - 5} ${y(middle)}h10` }));
     data.lines.forEach((line, i) => {
       const path = line.points.map(([n, v], j) => `${j && line.points[j - 1][0] === n - 1 ? "L" : "M"}${x(n).toFixed(1)} ${y(v).toFixed(1)}`).join("");
-      svg.append(draw("path", { class: `ed-curve ed-line-${i % 5}`, d: path }), ...line.points.map(([n, v]) => draw("circle", { cx: x(n), cy: y(v), r: 2, class: `ed-dot ed-line-${i % 5}` })));
+      const style = this.tone(line);
+      svg.append(draw("path", { class: `ed-curve ed-cost ed-cost-${i % 5}`, d: path, style }), ...line.points.map(([n, v]) => draw("circle", { cx: x(n), cy: y(v), r: 2, class: "ed-dot", style })));
     });
     const n = this.get("choice").n, here = data.lines[0].points.find((p) => p[0] === n);
     if (here) svg.append(draw("rect", { x: x(n) - 4.5, y: y(here[1]) - 4.5, width: 9, height: 9, class: "ed-here" }));
     svg.append(draw("path", { class: "ed-order-mark", d: `M0 ${box.top}V${box.bottom}`, visibility: "hidden" }));
+  }
+
+  /** A pinned line has its metric's colour, lighter on a dark ground; the choice has its own. */
+  tone({ metric }) {
+    const colour = this.get("lists").colours[metric];
+    return `--ed-line: ${colour ? `color-mix(in srgb, ${colour} 65%, var(--ed-text))` : "var(--ed-chosen)"}`;
   }
 
   ticks(svg, box, x, columns, y, rows) {
@@ -492,7 +500,7 @@ class Page {
       const tone = known ? Math.min(1, Math.abs(more) / 4) : 0;
       const title = known ? `loss ${dense.toFixed(2)} → ${pruned.toFixed(2)} nats` : "first token: it has no loss";
       return element("span", { class: "ed-token", role: "option", "aria-selected": i === this.token, "aria-label": `${text}: ${title}`, title,
-        style: `background: color-mix(in srgb, var(${more > 0 ? "--ed-pruned" : "--ed-better"}) ${Math.round(60 * tone)}%, transparent)`,
+        style: `background: color-mix(in srgb, var(${more > 0 ? "--ed-chosen" : "--ed-better"}) ${Math.round(60 * tone)}%, transparent)`,
         onclick: () => { this.token = i; this.text(); } }, text);
     }));
     this.nexts();

@@ -3,7 +3,7 @@
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from ..layerwise import DropSet
 from ..models import check_model, load_model
 from ..profile import DEFAULT_TEXT
 from ..progress import report_step
+from ..repairing import repair
 from ..residual import KINDS, SubBlock, find
 from ..selection import PUBLISHED_PROTECTED, matched_draws, one_shot, protected_layers
 from ..statistics import Interval, share_interval
@@ -31,13 +32,13 @@ NEW_TOKENS = 24  # of generated text
 DRAWS = 20  # random choices of one size that a choice is compared with
 MAX_STATES = 256 << 20  # bytes of states inside pruned models that are kept for the next choice
 NOTHING = Estimate(math.nan, math.nan, np.empty(0))  # what cannot be measured
-# What a result depends on besides the sub-blocks
+# What a result depends on, where that is less than its arguments
 KEYS: dict[str, Callable[..., object]] = {
-    "cost": lambda settings: settings.source,
-    "curve": lambda settings: settings.scored_by(settings.entropy),
+    "cost": lambda drop, settings: (drop, settings.source),
+    "curve": lambda drop, settings: (drop, settings.scored_by(settings.entropy)),
     "ranks": lambda settings, metric: settings.scored_by(metric),
     "scores": lambda settings, metrics: tuple(map(settings.scored_by, metrics)),
-    "repaired": lambda settings, made: (made.calibration_key, settings.source),
+    "repaired": lambda drop, settings, made: (drop, made.calibration_key, settings.source),
 }
 
 
@@ -46,6 +47,27 @@ class Cost(NamedTuple):
 
     loss: Estimate
     kl: Estimate
+
+
+def _key(what: str, arguments: Sequence) -> tuple:
+    """What a result of the method ``what`` is kept under. The order of sub-blocks does not matter."""
+    plain = [tuple(sorted(value)) if isinstance(value, (list, tuple)) else value for value in arguments]
+    return what, KEYS[what](*plain) if what in KEYS else tuple(plain)
+
+
+def computed_once(method: Callable) -> Callable:
+    """The method computes alone with the model, and each result only once; named arguments do not change the result."""
+
+    @functools.wraps(method)
+    def kept(self, *arguments, **how):
+        key = _key(method.__name__, arguments)
+        with self.alone():
+            if key not in self._results:
+                with torch.inference_mode():
+                    self._results[key] = method(self, *arguments, **how)
+            return self._results[key]
+
+    return kept
 
 
 class LoadedModel:
@@ -87,27 +109,9 @@ class LoadedModel:
         finally:
             self._model_lock.release()
 
-    def _once(self, what: str, drop: Iterable[SubBlock], *more: object, compute: Callable[[DropSet], object]):
-        drop_set = tuple(sorted(drop))
-        key = _key(what, drop_set, more)
-        with self.alone():
-            if key not in self._results:
-                with torch.inference_mode():
-                    self._results[key] = compute(drop_set)
-            return self._results[key]
-
-    def _pruned(self, what: str, drop: Iterable[SubBlock], *more: object, compute: Callable[[torch.nn.Module], object]):
-        """A result of the model without these sub-blocks."""
-
-        def on_pruned(drop_set: DropSet) -> object:
-            with dropped(self.model, drop_set) as model:
-                return compute(model)
-
-        return self._once(what, drop, *more, compute=on_pruned)
-
-    def known(self, what: str, drop: Iterable[SubBlock], *more: object):
-        """The result of the method ``what`` for these sub-blocks and arguments; None while there is none."""
-        return self._results.get(_key(what, tuple(sorted(drop)), more))
+    def known(self, what: str, *arguments: object):
+        """The result of the method ``what`` with these arguments; None while there is none."""
+        return self._results.get(_key(what, arguments))
 
     # --- text
 
@@ -126,102 +130,94 @@ class LoadedModel:
 
     # --- ranking
 
-    def scores(self, settings: Settings, metrics: Iterable[str]) -> pd.DataFrame:
+    @computed_once
+    def scores(self, settings: Settings, metrics: Sequence[str]) -> pd.DataFrame:
         """These metrics, as they are set, of every sub-block; those measured before come from the cache on disk."""
-        chosen = {name: settings.configured(name) for name in metrics}
+        return cached_score(self.model, self.calibration(settings), {name: settings.configured(name) for name in metrics})
 
-        def score(_: DropSet) -> pd.DataFrame:
-            return cached_score(self.model, self.calibration(settings), chosen)
-
-        return self._once("scores", (), settings, tuple(chosen), compute=score)
-
+    @computed_once
     def ranks(self, settings: Settings, metric: str) -> dict[SubBlock, int]:
         """The place of every sub-block among those of its kind, 1 for the most redundant, by a metric as it is set."""
-        if (known := self.known("ranks", (), settings, metric)) is None:
-            scores = self.scores(settings, [metric])
-            orders = [one_shot(scores, metric, kind, protected=()) for kind in KINDS]
-            known = {s: rank for order in orders for rank, s in enumerate(order, start=1)}
-        return self._once("ranks", (), settings, metric, compute=lambda _: known)
+        scores = cached_score(self.model, self.calibration(settings), {metric: settings.configured(metric)})
+        return {s: rank for kind in KINDS for rank, s in enumerate(one_shot(scores, metric, kind, protected=()), start=1)}
 
-    def curve(self, drop: Iterable[SubBlock], settings: Settings) -> Float[np.ndarray, "endpoint"]:
+    @computed_once
+    def curve(self, drop: Sequence[SubBlock], settings: Settings) -> Float[np.ndarray, "endpoint"]:
         """Mean entropy at each of the 2 L + 1 endpoints, nats; a dropped sub-block passes the stream unchanged."""
-        metric = settings.configured(settings.entropy)
-
-        def curve(drop_set: DropSet) -> np.ndarray:
-            return entropy_curve(self.model, self.calibration(settings), metric, drop_set)
-
-        return self._once("curve", drop, settings, compute=curve)
+        return entropy_curve(self.model, self.calibration(settings), settings.configured(settings.entropy), drop)
 
     # --- cost
 
-    def cost(self, drop: Iterable[SubBlock], settings: Settings) -> Cost:
+    @computed_once
+    def cost(self, drop: Sequence[SubBlock], settings: Settings) -> Cost:
         """Loss and divergence from the dense model on the evaluation text."""
-        return self._once("cost", drop, settings, compute=lambda drop_set: Cost(*self._losses_on(settings)(drop_set)))
-
-    def _losses_on(self, settings: Settings) -> IncrementalLosses:
         if settings.source not in self._losses:
             if old := [source for source in self._losses if source]:  # of the texts, only the default and the newest stay
                 self._losses.pop(old[0]).keep()
             self._losses[settings.source] = IncrementalLosses(self.model, self.evaluation(settings), MAX_STATES)
-        return self._losses[settings.source]
+        return Cost(*self._losses[settings.source](drop))
+
+    def increase(self, drop: Sequence[SubBlock], settings: Settings) -> Estimate | None:
+        """How much more loss than the dense model, window by window, where both were measured."""
+        dense, cost = self.known("cost", (), settings), self.known("cost", drop, settings)
+        return Estimate.of(cost.loss.per_window - dense.loss.per_window) if cost and dense else None
 
     def keep(self) -> None:
         """Write the costs that are new since the last call to the cache on disk."""
         for losses in list(self._losses.values()):
             losses.keep()
 
-    def draws(self, drop: Iterable[SubBlock]) -> list[DropSet]:
+    def draws(self, drop: Sequence[SubBlock]) -> list[DropSet]:
         """Random choices of as many sub-blocks of the same kinds, from the layers that are not protected."""
         kinds = [kind for _, kind in drop]
         return self._sets(*(kinds.count(kind) for kind in KINDS))
 
-    def better_than(self, drop: Iterable[SubBlock], settings: Settings) -> tuple[Interval, int] | None:
+    def random_increases(self, drop: Sequence[SubBlock], settings: Settings) -> list[float]:
+        """The loss increases of the random choices of this size that were measured; none before the fifth."""
+        known = [more.mean for draw in self.draws(drop) if (more := self.increase(draw, settings))]
+        return known if len(known) >= 5 else []
+
+    def better_than(self, drop: Sequence[SubBlock], settings: Settings) -> tuple[Interval, int] | None:
         """The share of the random choices measured so far that cost more loss, and their number; None before the fifth."""
-        cost = self.known("cost", drop, settings)
-        known = [other for draw in self.draws(drop) if (other := self.known("cost", draw, settings))]
-        if cost is None or len(known) < 5:
-            return None
-        return share_interval(np.array([other.loss.mean > cost.loss.mean for other in known])), len(known)
+        own, others = self.increase(drop, settings), self.random_increases(drop, settings)
+        return (share_interval(np.array(others) > own.mean), len(others)) if own and others else None
 
-    def size(self, drop: Iterable[SubBlock]) -> ModelSize:
+    @computed_once
+    def size(self, drop: Sequence[SubBlock]) -> ModelSize:
         """Parameters, and bytes of keys and values per token."""
-        return self._pruned("size", drop, compute=model_size)
+        with dropped(self.model, drop) as model:
+            return model_size(model)
 
-    def speed(self, drop: Iterable[SubBlock]) -> float:
+    @computed_once
+    def speed(self, drop: Sequence[SubBlock]) -> float:
         """Tokens per second of greedy generation."""
-        return self._pruned("speed", drop, compute=lambda model: decoding_rate(model, self.tokenizer, PROMPT))
+        with dropped(self.model, drop) as model:
+            return decoding_rate(model, self.tokenizer, PROMPT)
 
-    def repaired(self, drop: Iterable[SubBlock], settings: Settings, made: Settings) -> Estimate:
+    @computed_once
+    def repaired(self, drop: Sequence[SubBlock], settings: Settings, made: Settings) -> Estimate:
         """Loss on the evaluation text with a linear repair; nan where there is none, as for whole blocks.
 
         Args:
             made: the settings that the selection was made under; the repair is fitted on their calibration text.
         """
-        from ..repairing import repair
-
-        def fitted(drop_set: DropSet) -> Estimate:
-            if not drop_set or any(s.kind == "block" for s in drop_set):
-                return NOTHING
+        if drop and not any(s.kind == "block" for s in drop):
             with suppress(ValueError):  # a text of too few windows
-                maps = repair(self.model, drop_set, self.calibration(made))
-                with dropped(self.model, drop_set, maps) as model:
+                maps = repair(self.model, drop, self.calibration(made))
+                with dropped(self.model, drop, maps) as model:
                     return perplexity(model, self.evaluation(settings))
-            return NOTHING
-
-        return self._once("repaired", drop, settings, made, compute=fitted)
+        return NOTHING
 
     # --- text that is generated and read
 
-    def continuation(self, drop: Iterable[SubBlock], prompt: str, hear: Callable[[str], None] = lambda _: None) -> str:
+    @computed_once
+    def continuation(self, drop: Sequence[SubBlock], prompt: str, hear: Callable[[str], None] = lambda _: None) -> str:
         """The greedy continuation of the prompt; ``hear`` is called with what there is of it after each token."""
-        return self._pruned(
-            "continuation", drop, prompt, compute=lambda model: continue_text(model, self.tokenizer, prompt, NEW_TOKENS, hear)
-        )
+        with dropped(self.model, drop) as model:
+            return continue_text(model, self.tokenizer, prompt, NEW_TOKENS, hear)
 
-    def reading(self, drop: Iterable[SubBlock], said: str) -> Reading:
+    @computed_once
+    def reading(self, drop: Sequence[SubBlock], said: str) -> Reading:
         """The loss of every token of a text and the likeliest next ones, without these sub-blocks."""
-        return self._pruned("reading", drop, said, compute=lambda model: read_text(model, self.tokenizer, said))
-
-
-def _key(what: str, drop_set: DropSet, more: tuple) -> tuple:
-    return (what, drop_set, KEYS[what](*more) if what in KEYS else more)
+        with dropped(self.model, drop) as model:
+            return read_text(model, self.tokenizer, said)

@@ -5,19 +5,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import anywidget
 import traitlets
 from IPython.display import display
 
-from .. import scoring, text
+from .. import figures, scoring, text
 from ..models import KNOWN, opening_cost
 from ..profile import DEFAULT_MODEL, Profile
 from ..progress import HEADLESS
 from ..residual import KINDS, SubBlock
 from . import drawing, sharing
-from .background import Background, sentence
+from .background import Background, Cells, sentence
 from .choice import Choice
 from .settings import OPTIONS, ROLES
 from .state import Explorer, Pin, Ranking, Session, sink_of
@@ -25,7 +26,6 @@ from .state import Explorer, Pin, Ranking, Session, sink_of
 HERE = Path(__file__).parent
 OFFERED = [name for name, model in KNOWN.items() if "encoder" not in model["about"]]  # those that predict a next token
 CHOOSING = ("slide", "mark", "follow", "pin", "unpin")  # what changes the selection or the table: methods of Session
-AHEAD = "measuring ahead"  # of work that nobody waits for
 
 
 class ExplorerWidget(anywidget.AnyWidget):
@@ -60,12 +60,14 @@ class Page:
                 "limits": {name: [least, greatest] for name, (_, least, greatest) in OPTIONS.items()},
                 "texts": [*text.OWN, *text.HUB],
                 "roles": list(ROLES),
-                "columns": drawing.COLUMNS,
+                "colours": {**figures.COLOURS, "chosen": drawing.CHOSEN},
+                "columns": drawing.columns(explorer.n_tokens),
                 "ghosts": drawing.ghosts(),
                 "exports": list(sharing.RUNTIMES),
             }
         )
         self.widget.on_msg(lambda _, content, __: self.receive(content))
+        self.cells = Cells()
         self.background = Background(self._progress, lambda error: self._failed(None, error))
         wish = ({} if n is None else {"n": n}) | ({"by_hand": by_hand} if by_hand else {})
         self._ask(wish=wish)
@@ -178,7 +180,9 @@ class Page:
                 self._draw()
             self._phase = "ahead"
             for number, step in enumerate(self._ahead(ranking, choice, pins)):
-                step()
+                self.cells.wait()
+                with suppress(ValueError):  # what cannot be measured, as knn with a k that does not fit the windows
+                    step()
                 if number % 4 == 3:
                     self._draw()
         finally:
@@ -188,47 +192,36 @@ class Page:
         """What the page shows of the selection and of the pinned ones."""
         loaded, settings, drop = ranking.loaded, ranking.settings, choice.dropped
         said = settings.pasted.strip() or settings.prompt
+        for chosen in ((), drop, *(pin.drop for pin in pins)):
+            yield partial(loaded.cost, chosen, settings)
+            yield partial(loaded.size, chosen)
+        yield partial(loaded.curve, drop, settings)
         for chosen in ((), drop):
-            yield lambda chosen=chosen: (loaded.cost(chosen, settings), loaded.size(chosen))
-        yield lambda: (loaded.reading((), said), loaded.reading(drop, said))
+            yield partial(loaded.reading, chosen, said)
         for name, chosen in (("dense", ()), ("pruned", drop)) if settings.prompt.strip() else ():
-            yield lambda name=name, chosen=chosen: loaded.continuation(chosen, settings.prompt, lambda text: self._hear(name, text))
-        yield lambda: loaded.curve(drop, settings)
+            yield partial(loaded.continuation, chosen, settings.prompt, hear=partial(self._hear, name))
         for pin in pins:
-            yield lambda pin=pin: (loaded.cost(pin.drop, settings), loaded.size(pin.drop))
-        for chosen in ((), *(pin.drop for pin in pins)):
-            yield lambda chosen=chosen: loaded.speed(chosen)
-        for pin in pins:
-            yield lambda pin=pin: loaded.repaired(pin.drop, settings, pin.settings)
+            yield partial(loaded.repaired, pin.drop, settings, pin.settings)
 
     def _ahead(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
-        """What moves to come will ask for: neighbouring counts, random choices of this size, other metrics, single drops."""
+        """Speeds, and what moves to come will ask for: neighbouring counts, random choices, other metrics, single drops."""
         loaded, settings, (low, high), n = ranking.loaded, ranking.settings, choice.limits, choice.n
-
-        def cost(drop: Sequence[SubBlock]) -> Callable[[], object]:
-            return lambda: (loaded.cost(drop, settings), loaded.size(drop))
-
-        near = sorted(range(low, high + 1), key=lambda count: abs(count - n))
-        yield from (cost(choice.at(count)) for count in near[:7])
-        yield lambda: loaded.speed(choice.dropped)
+        sets = [choice.dropped, *(pin.drop for pin in pins)]
+        for drop in ((), *sets):
+            yield partial(loaded.speed, drop)
+        near = [choice.at(count) for count in sorted(range(low, high + 1), key=lambda count: abs(count - n))]
+        drops = [*near[:7], *(draw for drop in sets for draw in loaded.draws(drop)), *near[7:]]
+        drops += [pin.order[:count] for pin in pins for count in range(len(pin.order) + 1)]
+        drops += [[s] for kind in sorted(KINDS, key=lambda kind: kind != settings.kind) for s in loaded.sub_blocks[kind]]
+        drops += [draw for count in drawing.random_counts(ranking) for draw in loaded.draws(ranking.order[:count])[:10]]
+        yield from (partial(loaded.cost, drop, settings) for drop in drops[:7])
         for metric in scoring.METRICS:
-            yield lambda metric=metric: self._rank(ranking, metric)
-        yield from (cost(draw) for drop in (choice.dropped, *(pin.drop for pin in pins)) for draw in loaded.draws(drop))
-        yield lambda: loaded.repaired(choice.dropped, settings, settings)
-        yield from (cost(choice.at(count)) for count in near[7:])
-        for pin in pins:
-            yield from (cost(pin.order[:count]) for count in range(len(pin.order) + 1))
-        for kind in sorted(KINDS, key=lambda kind: kind != settings.kind):
-            yield from (cost([s]) for s in loaded.sub_blocks[kind])
-        for count in drawing.random_counts(ranking):
-            yield from (cost(draw) for draw in loaded.draws(ranking.order[:count])[:10])
-
-    def _rank(self, ranking: Ranking, metric: str) -> None:
-        with suppress(ValueError):  # a metric that is not chosen may not fit the windows, as knn with a large k
-            ranking.loaded.ranks(ranking.settings, metric)
+            yield partial(loaded.ranks, settings, metric)
+        yield partial(loaded.repaired, choice.dropped, settings, settings)
+        yield from (partial(loaded.cost, drop, settings) for drop in drops[7:])
 
     def _hear(self, name: str, said: str) -> None:
-        self.widget.said = {**self.widget.said, name: said, f"{name} done": False}
+        self.widget.said = {**self.widget.said, name: said}
 
     def _progress(self, what: str, fraction: float | None) -> None:
         self._step = (what, fraction)
@@ -248,7 +241,7 @@ class Page:
         what, fraction = self._step
         self.widget.status = {
             "phase": self._phase,
-            "what": AHEAD if self._phase == "ahead" else what,
+            "what": what,
             "fraction": fraction,
             "waiting": self.session.waiting,
             "error": self.session.error,
@@ -282,6 +275,7 @@ class Page:
 
     def close(self) -> None:
         """End the background thread and let the model go."""
+        self.cells.close()
         self.background.close()
 
 

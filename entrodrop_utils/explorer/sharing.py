@@ -47,7 +47,7 @@ def drop_code(settings: Settings, choice: Choice) -> str:
 def card_of(ranking: Ranking, choice: Choice) -> Card:
     """The card of what is saved: who chose, on which text, and what it cost."""
     settings, loaded = ranking.settings, ranking.loaded
-    windows = loaded.calibration(settings)
+    windows, held_out = loaded.calibration(settings), loaded.evaluation(settings)
     before, after = loaded.cost((), settings).loss, loaded.cost(choice.dropped, settings).loss
     return Card(
         base_model=settings.model if not Path(settings.model).exists() else Path(settings.model).name,
@@ -56,7 +56,7 @@ def card_of(ranking: Ranking, choice: Choice) -> Card:
         digest=text_digest(windows),
         perplexity_before=before.perplexity,
         perplexity_after=after.perplexity,
-        evaluation=f"{len(before.per_window)} windows of {settings.evaluation}",
+        evaluation=f"{len(held_out)} windows of {held_out.shape[1]} tokens of {settings.evaluation}",
     )
 
 

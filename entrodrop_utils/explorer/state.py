@@ -18,7 +18,7 @@ from .choice import Choice
 from .loaded import LoadedModel
 from .settings import Settings
 
-N_SEQUENCES, N_TOKENS = 8, 128  # 1,024 tokens to rank on and 1,024 to evaluate: an answer within two seconds on 2 cores
+N_SEQUENCES, N_TOKENS = 6, 128  # to rank on, and as many to evaluate: an answer within two seconds on two cores
 FRACTION = 0.25  # of the sub-blocks that are dropped at first
 
 
@@ -66,7 +66,7 @@ class Explorer:
             if settings.model not in self._loaded:
                 self._loaded[settings.model] = LoadedModel(settings.model, self.n_sequences, self.n_tokens, settings.seed)
             loaded = self._loaded[settings.model]
-        scores = loaded.scores(settings, dict.fromkeys([settings.metric, settings.entropy]))
+        scores = loaded.scores(settings, tuple(dict.fromkeys([settings.metric, settings.entropy])))
         mean = scores[scores.metric == settings.metric].groupby(["kind", "layer"]).value.mean()
         importance = {SubBlock(int(layer), kind): float(value) for (kind, layer), value in mean.items()}
         order = selection.one_shot(scores, settings.metric, settings.kind)

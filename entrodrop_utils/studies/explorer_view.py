@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -16,9 +17,7 @@ from ..explorer.choice import Choice
 from ..explorer.state import Pin, Ranking
 from ..residual import KINDS, SubBlock
 
-DROPPED, DENSE = figures.COLOURS["knn"], figures.GREY
-LINES = (DROPPED, figures.COLOURS["bucket"], figures.COLOURS["gaussian"], figures.COLOURS["renyi"])
-
+DASHES = ("-", "--", ":", "-.")
 SCORES = LinearSegmentedColormap.from_list("scores", (figures.COLOURS["renyi"], "white", figures.COLOURS["bucket"]))
 
 
@@ -41,7 +40,7 @@ def sub_block_map(axis: Axes, ranking: Ranking, choice: Choice) -> None:
     shades = np.array([[cell["shade"] for cell in data["rows"][kind]] for kind in KINDS])
     axis.imshow(shades, cmap=SCORES, vmin=-1.1, vmax=1.1, aspect="auto")
     for layer, kind in choice.dropped:
-        box = {"fill": False, "hatch": "//////", "edgecolor": DROPPED, "linewidth": 1.2}
+        box = {"fill": False, "hatch": "//////", "edgecolor": drawing.CHOSEN, "linewidth": 1.2}
         axis.add_patch(Rectangle((layer - 0.5, KINDS.index(kind) - 0.5), 1, 1, **box))
     protected = data["protected"]
     axis.plot(protected, [-0.72] * len(protected), "v", color=figures.GREY, markersize=5, clip_on=False)
@@ -56,8 +55,8 @@ def entropy_curves(axis: Axes, curves: dict) -> None:
     """Entropy of the residual stream against the layers passed, dense and pruned."""
     depth = np.arange(len(curves["dense"])) / 2
     for values, name, look in (
-        (curves["dense"], "dense", {"color": DENSE, "linestyle": "--"}),
-        (curves["pruned"], "pruned", {"color": DROPPED}),
+        (curves["dense"], "dense", {"color": figures.GREY, "linestyle": "--"}),
+        (curves["pruned"], "pruned", {"color": drawing.CHOSEN}),
     ):
         if values is not None:
             axis.plot(depth, values, label=name, **look)
@@ -72,15 +71,30 @@ def cost_curves(axis: Axes, curves: dict, choice: Choice) -> None:
         axis.plot([n, n], [low, high], color="#cccccc", linewidth=4, solid_capstyle="butt")
         axis.plot([n - 0.4, n + 0.4], [middle, middle], color=figures.GREY)
     for i, line in enumerate(curves["lines"]):
+        colour = figures.COLOURS.get(line.get("metric"), drawing.CHOSEN)
         points = np.array(line["points"], dtype=float).reshape(-1, 2)
         for run in np.split(points, np.flatnonzero(np.diff(points[:, 0]) > 1) + 1):
-            axis.plot(*run.T, "o-", color=LINES[i % 4], markersize=3)
-        axis.plot(*points[-1:].T, color=LINES[i % 4], label=line["name"].split(" (")[0])
+            axis.plot(*run.T, f"o{DASHES[i % 4]}", color=colour, markersize=3)
+        axis.plot(*points[-1:].T, color=colour, label=line["name"].split(" (")[0])
         here = points[points[:, 0] == choice.n] if i == 0 else points[:0]
-        axis.plot(*here.T, "s", color=LINES[0], markersize=7, fillstyle="none")
+        axis.plot(*here.T, "s", color=colour, markersize=7, fillstyle="none")
     axis.set(title=f"cost on {curves['evaluation']}", xlabel="number dropped", ylabel="loss increase (nats)")
     axis.autoscale_view()  # the labels go where the lines end
     figures.label_ends(axis)
+
+
+def numbers(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> pd.DataFrame:
+    """What ``picture`` draws: panel, series, kind, at (a layer, the layers passed, or the number dropped) and value."""
+    curves, kind = drawing.curves_of(ranking, choice, pins), ranking.settings.kind
+    rows = [("score", ranking.settings.measure, s.kind, s.layer, value) for s, value in ranking.importance.items()]
+    for name in ("dense", "pruned"):
+        rows += [("entropy", name, "", i / 2, value) for i, value in enumerate(curves[name] or ())]
+    for line in curves["lines"]:
+        rows += [("loss increase", line["name"], kind, n, value) for n, value in line["points"]]
+    for n, *values, _ in curves["random"]:
+        names = ("random, least", "random, median", "random, greatest")
+        rows += [("loss increase", name, kind, n, value) for name, value in zip(names, values, strict=True)]
+    return pd.DataFrame(rows, columns=["panel", "series", "kind", "at", "value"])
 
 
 def markdown(ranking: Ranking, choice: Choice, pins: Sequence[Pin] = ()) -> str:
@@ -88,7 +102,7 @@ def markdown(ranking: Ranking, choice: Choice, pins: Sequence[Pin] = ()) -> str:
     rows = drawing.table_of(ranking, choice, pins)
     names = [_cell(row["name"].removeprefix("now: ")) + (f"<br>{row['set']}" if row["ranked"] else "") for row in rows]
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(rows)}"]
-    for column, label in drawing.COLUMNS.items():
+    for column, label in drawing.columns(ranking.loaded.n_tokens).items():
         if any(row["cells"][column] not in (None, "–") for row in rows):
             lines.append(f"| {label} | {' | '.join(_cell(row['cells'][column] or 'not measured') for row in rows)} |")
     told = [

@@ -47,13 +47,17 @@ def browser():
 
 
 def answered(dialog) -> None:
-    """On a slow machine Lab asks for a kernel, or reports something, in a dialog that lies over all controls."""
-    print(dialog.inner_text())
-    select = dialog.get_by_role("button", name="Select Kernel")
-    if select.count():
-        select.click()
-    else:
-        dialog.page.keyboard.press("Escape")
+    """On a slow machine Lab asks for a kernel, or reports something, in dialogs that lie over all controls, one after the other."""
+    for _ in range(20):
+        if not dialog.count():
+            return
+        print(dialog.last.inner_text())
+        accept = dialog.last.locator(".jp-mod-accept")
+        if "Select Kernel" in dialog.last.inner_text() and accept.count():
+            accept.click(timeout=5000)
+        else:
+            dialog.page.keyboard.press("Escape")
+        dialog.page.wait_for_timeout(500)
 
 
 @pytest.fixture

@@ -1,12 +1,17 @@
 """The explorer's page in a browser, on a small random model: what a person does, and what must never disagree."""
 
 import re
+import shutil
 
 import pytest
+import tiny_gguf
 from test_lab import opened, run_all
 from tiny_page import LAYERS, write_model, write_notebook
 
-from entrodrop_utils.paths import BUILD, ROOT
+from entrodrop_utils.explorer.page import ExplorerWidget, Page
+from entrodrop_utils.explorer.state import Explorer
+from entrodrop_utils.paths import BUILD, MODELS, PACKAGE, ROOT
+from entrodrop_utils.profile import Profile
 
 pytestmark = pytest.mark.browser
 SLOW = 240_000  # milliseconds: on a busy machine everything takes long, and nothing here is about time
@@ -228,12 +233,14 @@ def test_the_dark_theme_is_readable(page, explorer, screenshots):
         .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); };
         const light = s => { const [r, g, b] = parts(s); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
         const ground = light(getComputedStyle(root).backgroundColor);
-        const of = one => { const style = getComputedStyle(one), text = light(one.closest('svg') ? style.fill : style.color);
-        return (Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05); };
+        const ratio = colour => { const [low, high] = [light(colour), ground].sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05); };
+        const of = one => { const style = getComputedStyle(one); return ratio(one.closest('svg') ? style.fill : style.color); };
         const texts = ['.ed-title', '.ed-field > span', '.ed-axis', '.ed-table td', '.ed-table small'];
-        return texts.map(s => of(root.querySelector(s))); }"""
+        return [...texts.map(s => of(root.querySelector(s))), ratio(getComputedStyle(root.querySelector('.ed-cost')).stroke)]; }"""
     )
-    assert min(contrast) >= 4.5, contrast
+    assert min(contrast[:-1]) >= 4.5, contrast
+    assert contrast[-1] >= 3, contrast  # the colour of what is chosen, in lines
 
 
 def test_a_second_browser_shows_the_same_kernel(browser, page, explorer):
@@ -250,3 +257,54 @@ def test_a_second_browser_shows_the_same_kernel(browser, page, explorer):
             counted(shown, f"{LAYERS - 3} of {LAYERS} attention layers")
     finally:
         other.context.close()
+
+
+def test_a_gguf_file_is_opened(page, explorer, tmp_path, screenshots, monkeypatch):
+    monkeypatch.setattr(tiny_gguf, "LAYERS", 6)
+    file, before = tmp_path / "opened.gguf", set(MODELS.glob("opened-*"))
+    tiny_gguf.write(file)
+    model = explorer.locator("[data-setting=model]")
+    model.fill(str(file))
+    explorer.locator(".ed-note", has_text="a GGUF file, converted once").wait_for()
+    explorer.get_by_role("button", name="Open", exact=True).click()
+    try:
+        counted(explorer, rf"\d+ of {tiny_gguf.LAYERS} attention layers")
+        settle(page, explorer)
+        assert not explorer.get_by_role("alert").count()  # a hidden one has no role
+        assert model.input_value() == str(file)
+        assert str(file) in explorer.locator(".ed-line").inner_text()
+        page.screenshot(path=screenshots / "explorer-gguf.png")
+    finally:
+        for folder in set(MODELS.glob("opened-*")) - before:
+            shutil.rmtree(folder)
+
+
+def test_any_host_of_anywidgets_can_show_it(page, tiny, screenshots):
+    """The page needs what anywidget promises of its host and no JupyterLab, and takes VS Code's colours where they are."""
+    own = Page(Explorer(Profile(model=str(tiny))))
+    assert own.background.wait(SLOW / 1000)
+    traits = {name: getattr(own.widget, name) for name in ExplorerWidget.class_own_traits(sync=True)}
+    own.close()
+    page.set_viewport_size({"width": 900, "height": 768})
+    page.set_content(
+        "<body style='--vscode-editor-background: rgb(30, 30, 30); --vscode-editor-foreground: #cccccc; margin: 0'>"
+        f"<style>{(PACKAGE / 'explorer' / 'explorer.css').read_text()}</style><div id='host'></div></body>"
+    )
+    page.evaluate(
+        """async ([source, traits]) => { window.sent = [];
+        const made = await import(URL.createObjectURL(new Blob([source], { type: 'text/javascript' })));
+        const model = { get: name => traits[name], on: () => {}, off: () => {}, send: message => window.sent.push(message) };
+        made.default.render({ model, el: document.getElementById('host') }); }""",
+        [(PACKAGE / "explorer" / "explorer.js").read_text(), traits],
+    )
+    shown = page.locator(".ed")
+    counted(shown, f"3 of {LAYERS} attention layers")
+    assert shown.locator(".ed-cell").count() == 3 * LAYERS
+    shown.get_by_role("slider").press("End")
+    cell(shown, 5, "mlp").click()
+    sent = page.evaluate("window.sent")
+    assert sent == [{"do": "slide", "n": LAYERS - 3}, {"do": "mark", "sub_blocks": [[5, "mlp"]]}]
+    assert shown.evaluate("root => getComputedStyle(root).backgroundColor") == "rgb(30, 30, 30)"
+    colours = "root => ['.ed-table tbody td', '.ed-nexts td', '.ed-title'].map(s => getComputedStyle(root.querySelector(s)).color)"
+    assert shown.evaluate(colours) == ["rgb(204, 204, 204)"] * 3
+    page.screenshot(path=screenshots / "explorer-plain.png")
