@@ -1,6 +1,7 @@
 """The explorer without a browser: settings, rankings, choices, costs, its one state, and work in the background."""
 
 import copy
+import html
 import itertools
 import math
 import threading
@@ -693,3 +694,9 @@ def test_no_widget_where_nobody_looks(explorer, monkeypatch):
     monkeypatch.setenv(HEADLESS, "somewhere")
     monkeypatch.setattr(page_module, "display", lambda *_: pytest.fail("a widget was shown"))
     page_module.show_explorer(explorer)
+
+
+def test_a_word_that_a_pruned_model_repeats_does_not_widen_the_table():
+    cell = view._cell("so " + 3 * "&entropy|" * 9)
+    assert max(map(len, html.unescape(cell.replace("<wbr>", " ")).split())) <= view.LONGEST and "|" not in cell
+    assert html.unescape(cell.replace("<wbr>", "")) == "so " + 3 * "&entropy|" * 9

@@ -1,6 +1,7 @@
 """The same view as the page, as a figure and a table, for a rendered notebook."""
 
 import html
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.style
@@ -18,6 +19,7 @@ from ..explorer.state import Pin, Ranking
 from ..residual import KINDS, SubBlock
 
 DASHES = ("-", "--", ":", "-.")
+LONGEST = 40  # letters of a word in a cell that stay together
 SCORES = LinearSegmentedColormap.from_list("scores", (figures.COLOURS["renyi"], "white", figures.COLOURS["bucket"]))
 
 
@@ -115,7 +117,9 @@ def markdown(ranking: Ranking, choice: Choice, pins: Sequence[Pin] = ()) -> str:
 
 
 def _cell(text: str) -> str:
-    return html.escape(" ".join(text.split())).replace("|", "&#124;")
+    """Text that breaks no table: a long word, which a pruned model may write, can be broken over lines."""
+    words = ("<wbr>".join(html.escape(part) for part in textwrap.wrap(word, LONGEST)) for word in text.split())
+    return " ".join(words).replace("|", "&#124;")
 
 
 def order_of(ranking: Ranking, metric: str) -> list[SubBlock]:
