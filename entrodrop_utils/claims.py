@@ -115,7 +115,7 @@ def _answer(rows: pd.DataFrame, pattern: str) -> str:
     if fitting.empty:
         return "–"
     first = fitting.iloc[0]
-    kind = first.evidence.partition(":")[0]
+    kind = first.evidence.partition(":")[0].removesuffix(" text")
     return ANSWERS[first.verdict] + (f" ({kind})" if kind else "")
 
 

@@ -39,9 +39,9 @@ LABEL = {"textcoords": "offset points", "fontsize": 8}
 PAPER_TABLE = "mean accuracy of 13 benchmarks"
 
 
-def models_by_size() -> dict[str, float]:
-    """The registered models with committed claims of one of ``RUNS`` -> millions of parameters, smallest first."""
-    with_claims = {path.parts[-3] for size in RUNS for path in RESULTS.glob(f"*/{size}/02_claims.csv")}
+def models_by_size(claims: str = "02_claims.csv") -> dict[str, float]:
+    """The registered models with these committed claims of one of ``RUNS`` -> millions of parameters, smallest first."""
+    with_claims = {path.parts[-3] for size in RUNS for path in RESULTS.glob(f"*/{size}/{claims}")}
     sizes = {model: KNOWN[model]["parameters"] for model in with_claims & set(KNOWN)}
     return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
