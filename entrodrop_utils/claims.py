@@ -19,7 +19,7 @@ BENCHMARKS, HOME_MADE, HELD_OUT, CALIBRATION = EVIDENCE = (  # strongest first
     "calibration text",
 )
 SIZES = ("paper", "default", "large", "xlarge")  # of runs, the one with more text or draws first
-SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the first that is there counts
+SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the strongest evidence counts
     "bucket entropy falls, then rises": r"^bucket entropy falls.*then rises(?!.*without)",
     "KNN entropy falls, then rises": r"^knn entropy falls.*then rises(?!.*without)",
     "bucket chooses attention layers better than cosine": r"^bucket.* beats cosine at 37\.5%",
@@ -83,11 +83,16 @@ def ledger(results: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=[*COLUMNS, "quantity", "size", "disagrees"])
     rows = pd.concat(tables, ignore_index=True).fillna("")
     rows[["claim", "quantity"]] = rows.claim.str.split(MEASURED, n=1, expand=True).reindex(columns=[0, 1]).fillna("")
-    kinds = rows.evidence.str.partition(":")[0]
-    rank = kinds.map({kind: place for place, kind in enumerate(EVIDENCE)}).fillna(len(EVIDENCE))
-    rows = rows.loc[rank.sort_values(kind="stable").index].rename_axis("place").reset_index()  # SIZES are in order already
+    rows = _strongest_first(rows).rename_axis("place").reset_index()  # SIZES are in order already
     judged = [_judged(group) for _, group in rows.groupby("claim", sort=False)]
     return pd.DataFrame(judged).sort_values("place", ignore_index=True)[[*COLUMNS, "quantity", "size", "disagrees"]]
+
+
+def _strongest_first(rows: pd.DataFrame) -> pd.DataFrame:
+    """Claims by the kind of their evidence, and in their own order where it is the same."""
+    kinds = rows.evidence.str.partition(":")[0]
+    rank = kinds.map({kind: place for place, kind in enumerate(EVIDENCE)}).fillna(len(EVIDENCE))
+    return rows.loc[rank.sort_values(kind="stable").index]
 
 
 def _judged(rows: pd.DataFrame) -> dict[str, object]:
@@ -110,11 +115,11 @@ def summary(ledgers: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _answer(rows: pd.DataFrame, pattern: str) -> str:
-    """The answer of the first claim that fits."""
+    """The answer of the claim that fits, that on the strongest evidence where there are several."""
     fitting = rows[rows.claim.str.contains(pattern, flags=re.IGNORECASE)]
     if fitting.empty:
         return "–"
-    first = fitting.iloc[0]
+    first = _strongest_first(fitting).iloc[0]
     kind = first.evidence.partition(":")[0].removesuffix(" text")
     return ANSWERS[first.verdict] + (f" ({kind})" if kind else "")
 

@@ -120,6 +120,20 @@ def test_claims_have_the_numbers_of_their_tables():
         assert [row.measured, row.low, row.high] == [other.retention, other.retention_low, other.retention_high]
 
 
+def test_the_front_page_answers_on_the_strongest_evidence():
+    texts = {
+        "attention is more redundant than MLPs (37.5% by bucket)": -1,
+        "attention is more redundant than MLP (25% by bucket)": 2,
+    }
+    evidence = ("held-out text: 9 windows", "public benchmarks: 1 task")
+    rows = [
+        claims.claim_row(t, "s", "", Interval(v, v - 0.5, v + 0.5), 0.0, e)
+        for (t, v), e in zip(texts.items(), evidence, strict=True)
+    ]
+    for order in (rows, rows[::-1]):
+        assert claims.summary({"m": pd.DataFrame(order)}).m.iloc[-1] == "yes (public benchmarks)"
+
+
 def test_the_front_page_and_the_ledger_are_those_of_the_committed_claims():
     ledgers = index.committed_ledgers()
     assert index.summary_text(ledgers) in (ROOT / "README.md").read_text()
