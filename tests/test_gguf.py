@@ -148,7 +148,7 @@ def original(name: str, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_every_tensor_of_a_registered_file_is_its_dequantisation(name, tmp_path):
-    model, _ = models.load_model(name, device="cpu")
+    model, _ = models.load_model(name, dtype="float32", device="cpu")
     state = model.state_dict()
     reader = gguf.GGUFReader(original(name, tmp_path))
     family = reader.fields["general.architecture"].contents()
