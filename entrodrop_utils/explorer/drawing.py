@@ -171,7 +171,7 @@ def cells(ranking: Ranking, drop: Sequence[SubBlock], made: Settings) -> dict[st
     texts = {
         "loss": more and _with_error(more, "+.2f"),
         "kl": cost and _with_error(cost.kl, ".3f"),
-        "perplexity": more and f"{_short(cost.loss.perplexity)}" + (f" (×\u00a0{_short(math.exp(more.mean))})" if drop else ""),
+        "perplexity": more and _short(cost.loss.perplexity) + (f" (×\u00a0{_short(math.exp(more.mean))})" if drop else ""),
         "repaired": _with_error(mended, "+.2f") if mended else None,
         "parameters": size and f"{size.parameters / 1e6:.1f} M{share['parameters']}",
         "cache": size and f"{size.cache * CONTEXT / 1e6:.1f} MB{share['cache']}",

@@ -37,7 +37,9 @@ def all_methods(n_random: int) -> list[Method]:
 def to_measure(choices: Mapping[Choice, DropSet], draws: Mapping[str, int]) -> dict[Choice, DropSet]:
     """The choices without those random ones that are beyond the number of draws of their kind."""
     return {
-        choice: drop_set for choice, drop_set in choices.items() if choice[1].rule != RANDOM or choice[1].draw < draws[choice[0]]
+        (kind, method, n): drop_set
+        for (kind, method, n), drop_set in choices.items()
+        if method.rule != RANDOM or method.draw < draws[kind]
     }
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import kendalltau
 
-from ..claims import published_figures
+from ..claims import SIZES, published_figures
 from ..figures import COLOURS, GREY, headed_panels
 from ..models import KNOWN
 from ..paths import RESULTS
@@ -33,8 +33,8 @@ PANELS = {  # of the figure: title -> words of its statements, and what its axis
     "among random sets": ("beats random", "share of draws\nthat cost more"),
     "attention against MLPs": ("more redundant", "extra loss of dropping\nMLPs (nats)"),
 }
-BENCHMARK_RUNS = ("paper", "large", "xlarge")  # sizes with public benchmarks
-RUNS = (DEFAULT_SIZE, "large", "xlarge")  # sizes with the same amounts of text; the last two have fewer random choices
+BENCHMARK_RUNS = tuple(size for size in SIZES if size != DEFAULT_SIZE)  # with public benchmarks
+RUNS = tuple(size for size in SIZES if size != "paper")  # with the same amounts of text, and random choices that differ in number
 LABEL = {"textcoords": "offset points", "fontsize": 8}
 PAPER_TABLE = "mean accuracy of 13 benchmarks"
 
