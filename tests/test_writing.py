@@ -82,3 +82,9 @@ def test_the_committed_tables_are_shown_by_model_metric_and_share(tmp_path, monk
         "b answers 50% [40%, 60%] of 40 sums items right; without 3 of 24 attention layers chosen by cosine 40% [30%, 50%], "
         "by bucket 30% [20%, 40%]."
     )
+
+
+def test_published_answers_are_quoted_with_their_source():
+    (sentence,) = study.published_answers()
+    assert sentence.startswith("Published (Demystifying When Pruning Works (arXiv 2603.24652)): Mistral-7B 48.4% / 36.2% of GSM8K")
+    assert sentence.endswith("without 8 of 32 attention layers.")

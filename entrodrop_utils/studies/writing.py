@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cached_scoring import cached_score
+from ..claims import published_figures
 from ..dropping import dropped
 from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
@@ -136,6 +137,17 @@ def answer_sentences(answers: pd.DataFrame) -> list[str]:
             f"{rows.n_layers.iloc[0]} attention layers chosen {kept}."
         )
     return lines
+
+
+def published_answers() -> list[str]:
+    """The published shares of right GSM8K answers of a dense and a pruned model, as sentences with their source."""
+    table = published_figures("others")
+    rows = table[table.metric == "GSM8K dense / pruned"]
+    return [
+        f"Published ({row.source}): {row.model} {' / '.join(f'{share}%' for share in row.value.split(' / '))} of GSM8K, dense / "
+        f"without {int(row.n_dropped)} of {int(row.n_total)} attention layers."
+        for row in rows.itertuples()
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
