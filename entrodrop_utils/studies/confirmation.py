@@ -48,6 +48,7 @@ def confirm(
     draws: int = 2,
     evolved: Iterable[str] = (),
     shares: Mapping[str, Sequence[float]] = SHARES,
+    held_out_windows: int = HELD_OUT_TEXT[0],
 ) -> pd.DataFrame:
     """Every method on a model and a calibration text, judged on that text's evaluation part and on another domain.
 
@@ -57,6 +58,7 @@ def confirm(
         draws: draws of calibration text.
         evolved: kinds on which EvoPress runs too, with the passes that lazy greedy spent.
         shares: kind -> shares of its sub-blocks that are dropped.
+        held_out_windows: of each domain.
     Returns:
         The columns of ``against_ours`` without ``share``, and ``dropped``: the layers that each draw chose, the draws separated by
         semicolons.
@@ -68,7 +70,9 @@ def confirm(
         [windows(text, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in (SEARCH_TEXT, SCORE_TEXT)
     )
     sources = {label: text} | {SECOND_DOMAIN: SECOND_DOMAIN}
-    held_out = {domain: windows(source, "evaluation", tokenizer, *HELD_OUT_TEXT) for domain, source in sources.items()}
+    held_out = {
+        domain: windows(source, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1]) for domain, source in sources.items()
+    }
     tables = []
     for kind, of_kind in shares.items():
         searches = ["Fisher", "single drops", OURS, *([EVOLUTION] if kind in evolved else [])]
@@ -161,8 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--label", default="", help="what the results call the text")
     parser.add_argument("--draws", type=int, default=2, help="draws of calibration text")
     parser.add_argument("--evolved", nargs="*", default=[], choices=[*KIND_NAMES], help="kinds on which EvoPress runs too")
+    parser.add_argument("--windows", type=int, default=HELD_OUT_TEXT[0], help="held-out windows of each domain")
     chosen = parser.parse_args(arguments)
-    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved)
+    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved, held_out_windows=chosen.windows)
     print(table[table.method != RANDOM_DRAW].drop(columns="dropped").round(3).to_string(index=False))
     return 0
 
