@@ -36,10 +36,10 @@ from .generation import repeated_shares
 from .search_study import OURS
 
 FILE = "collapse.csv"
-SHARES = (1 / 15, 2 / 15, 0.2, 4 / 15, 0.375, 0.5)  # of the attention layers
+SHARES = (0.125, 0.25, 0.375)  # of the attention layers
 SEARCH_TEXT, SCORE_TEXT = (3, 32), (8, 128)  # calibration windows and tokens of lazy greedy and of cosine
 HELD_OUT, PROMPTS, NEW = (12, 128), (12, 32), 48  # evaluation windows; prompts; tokens that continue them
-DISTANCES, SEGMENT, WARM, RECALLED = (32, 128, 512), 32, 4, 8  # tokens; scored after WARM of the copy; windows of each distance
+DISTANCES, SEGMENT, WARM, RECALLED = (32, 128, 512), 32, 4, 6  # tokens; scored after WARM of the copy; windows of each distance
 TASKS, ITEMS = tuple(name for name in LOCAL_TASKS if name != "induction"), 25
 LIKELIHOOD, TASK, VARIED = "likelihood", "task accuracy", "varied text"
 HALF = 0.5  # share of the dense model's value at which an ability counts as lost
@@ -121,9 +121,12 @@ def generated_values(
     return {name: rows.sort_values("window").value.to_numpy() for name, rows in table.groupby("ability", sort=False)}
 
 
-def collapse(name: str, distances: Sequence[int] = DISTANCES) -> pd.DataFrame:
+def collapse(name: str, distances: Sequence[int] = DISTANCES, tasks: Sequence[str] = TASKS) -> pd.DataFrame:
     """Measure a model and write the table as it grows.
 
+    Args:
+        distances: tokens between a text and its copy.
+        tasks: as for ``task_scores``; without any, no accuracy is measured.
     Returns:
         method, n_dropped, n_layers, dropped (layers), ability, units (windows or items), value (mean), kept, low, high (the share
         of the dense model's value that is kept, with its interval over units: exp of minus the loss increase for the likelihood,
@@ -142,14 +145,13 @@ def collapse(name: str, distances: Sequence[int] = DISTANCES) -> pd.DataFrame:
     of_set: dict[DropSet, pd.DataFrame] = {}
     for drop_set in progress(dict.fromkeys(sets.values()), "pruned models"):
         losses = {s: rows.nll.to_numpy() for s, rows in losses_by_set(model, held_out, [(), drop_set]).groupby("set")}
-        scores, items = task_scores_by_set(model, tokenizer, TASKS, dict.fromkeys([(), drop_set]), ITEMS)
-        retention = Retention.of(scores, items, above_chance(scores))
         likelihood = np.exp([-end for end in paired_difference(losses[drop_set], losses[()])])[[0, 2, 1]]
-        accuracy = retention.mean[retention.sets.index(drop_set)]
-        rows = [
-            (LIKELIHOOD, len(held_out), np.exp(-losses[drop_set].mean()), *likelihood),
-            (TASK, items[["task", "part", "item"]].drop_duplicates().shape[0], accuracy, *retention.share([drop_set], above=True)),
-        ]
+        rows = [(LIKELIHOOD, len(held_out), np.exp(-losses[drop_set].mean()), *likelihood)]
+        if tasks:
+            scores, items = task_scores_by_set(model, tokenizer, tasks, dict.fromkeys([(), drop_set]), ITEMS)
+            retention, units = Retention.of(scores, items, above_chance(scores)), len(items[["part", "item"]].drop_duplicates())
+            accuracy = retention.mean[retention.sets.index(drop_set)]
+            rows.append((TASK, units, accuracy, *retention.share([drop_set], above=True)))
         dense = generated_values(model, (), texts, key)
         for ability, values in generated_values(model, drop_set, texts, key).items():
             rows.append((ability, len(values), values.mean(), *kept(values, dense[ability])))
@@ -239,8 +241,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.collapse", description=main.__doc__)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
     parser.add_argument("--distances", nargs="*", type=int, default=DISTANCES, help="tokens between a text and its copy")
+    parser.add_argument("--tasks", nargs="*", default=TASKS, help="tasks whose accuracy is measured")
     chosen = parser.parse_args(arguments)
-    print(collapse(chosen.model, chosen.distances).round(3).to_string(index=False))
+    print(collapse(chosen.model, chosen.distances, chosen.tasks).round(3).to_string(index=False))
     return 0
 
 
