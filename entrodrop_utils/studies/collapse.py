@@ -32,8 +32,8 @@ from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import NAMES as LOCAL_TASKS
 from ..tasks.retention import Retention, above_chance
 from ..text import windows
-from .generation import repeated_shares
 from .search_study import OURS
+from .writing import repeated_shares
 
 FILE = "collapse.csv"
 SHARES = (0.125, 0.25, 0.375)  # of the attention layers

@@ -1,17 +1,22 @@
 """Lazy greedy on models and texts on which its shortlist was not chosen, beside the methods that it competes with.
 
 ``python -m entrodrop_utils.studies.confirmation MODEL --text TEXT`` writes ``data/results/MODEL/confirm/07_confirmation.csv``
-after every kind and count; the folder's name has the text where it is not the default. A stopped run continues from the cache.
+after every kind and count, and beside it what was run; the folder's name has the text where it is not the default. A stopped run
+continues from the cache. Notebook 10 shows every case, notebook 07 whether the rule wins on every decoder.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 
 import pandas as pd
 
 from .. import search
+from ..files import write_text
 from ..models import load_model
+from ..models.sources import weight_hashes
 from ..paths import DATA, RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
 from ..scoring import resolve
@@ -32,13 +37,14 @@ from .search_study import (
     scores_of,
 )
 
-FILE = "07_confirmation.csv"
+FILE, RECORD = "07_confirmation.csv", "07_confirmation_run.json"
 SIZE = "confirm"
 SHARES = {"attention": (0.375, 0.25, 0.125), "mlp": (0.25,)}  # kind -> shares dropped, the most first
 SEARCH_TEXT, SCORE_TEXT, HELD_OUT_TEXT = (3, 32), (8, 128), (6, 64)  # windows and tokens, the amounts of notebook 07
 SECOND_DOMAIN = "english"
 SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 RIVALS = ("single drops", EVOLUTION, "norm_ratio", "cosine", "bucket", "knn")
+AIM = ("cosine", "norm_ratio", EVOLUTION)  # the methods below which the rule is meant to be on every decoder
 
 
 def confirm(
@@ -88,6 +94,18 @@ def confirm(
             table = against_ours(choices, losses).drop(columns="share")
             tables.append(table.assign(dropped=table.method.map(sets)))
             profile.write(pd.concat(tables), FILE)
+    amounts = {"search": SEARCH_TEXT, "scores": SCORE_TEXT, "held out": (held_out_windows, HELD_OUT_TEXT[1])}
+    record = {
+        "model": name,
+        "text": label,
+        "windows and tokens": amounts,
+        "calibration draws": draws,
+        "EvoPress on": sorted(evolved),
+        "shares dropped": shares,
+        "weights": weight_hashes(name),
+        "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
+    }
+    write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -136,6 +154,49 @@ def decided(table: pd.DataFrame) -> pd.DataFrame:
     )
     counts = counts.assign(cases=counts.sum(axis=1), share_of_tokens=rows.groupby("method").part.mean())
     return counts.reindex([name for name in RIVALS if name in counts.index]).reset_index()
+
+
+def every_decoder(run: pd.DataFrame, model: str, text: str) -> pd.DataFrame:
+    """The committed confirmations, and in front of them a run of notebook 07 on a model and text that has none.
+
+    Args:
+        run: as ``against_ours`` returns it.
+    """
+    committed = confirmations()
+    if ((committed.model == model) & (committed.text == text)).any():
+        return committed
+    own = run.assign(model=model, text=text, own=run.domain == text)
+    return pd.concat([own, committed], ignore_index=True).reindex(columns=committed.columns)
+
+
+def aim_table(table: pd.DataFrame) -> pd.DataFrame:
+    """In how many cases lazy greedy costs less than each method of ``AIM``, by model, text and kind.
+
+    Returns:
+        model, text, kind, method, cases (domains and counts), same (the same set, or equal in every window), less and more (of the
+        cases, by the mean), better and worse (decided by the interval).
+    """
+    rows = table[table.method.isin(AIM)]
+    less, more = rows.difference > 0, rows.difference < 0
+    marks = {"cases": 1, "same": ~less & ~more, "less": less, "more": more, "better": rows.low > 0, "worse": rows.high < 0}
+    counts = rows.assign(**marks).groupby(["model", "text", "kind", "method"], sort=False)[list(marks)].sum().reset_index()
+    return counts.astype(dict.fromkeys(marks, int))
+
+
+def aim_sentences(table: pd.DataFrame) -> list[str]:
+    """Whether lazy greedy costs less than each method of ``AIM`` in every case, and where it does not."""
+    counts, lines = aim_table(table), []
+    for method, rows in counts.groupby("method", sort=False):
+        total, exceptions = rows.sum(numeric_only=True), rows[rows.less < rows.cases]
+        where = [
+            f"{row.model} on {row.text}, {KIND_NAMES[row.kind]}, {row.cases - row.less} of {row.cases}"
+            for row in exceptions.itertuples()
+        ]
+        lines.append(
+            f"{OURS} costs less than {method} in {total.less} of {total.cases} cases (decided in {total.better}), the same in "
+            f"{total.same}, more in {total.more} (decided in {total.worse}); not less: {'; '.join(where) or 'nowhere'}."
+        )
+    return lines
 
 
 def confirmation_sentences(table: pd.DataFrame) -> list[str]:
