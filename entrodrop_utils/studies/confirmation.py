@@ -79,7 +79,7 @@ def confirm(
     held_out = {
         domain: windows(source, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1]) for domain, source in sources.items()
     }
-    tables = []
+    tables, measured = [], {}
     for kind, of_kind in shares.items():
         searches = ["Fisher", "single drops", OURS, *([EVOLUTION] if kind in evolved else [])]
         for share in of_kind:
@@ -94,19 +94,30 @@ def confirm(
             table = against_ours(choices, losses).drop(columns="share")
             tables.append(table.assign(dropped=table.method.map(sets)))
             profile.write(pd.concat(tables), FILE)
-    amounts = {"search": SEARCH_TEXT, "scores": SCORE_TEXT, "held out": (held_out_windows, HELD_OUT_TEXT[1])}
-    record = {
+            measured.setdefault(kind, []).append(share)
+            record = about_confirmation(name, label, draws, evolved, measured, held_out_windows)
+            write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
+    return pd.concat(tables, ignore_index=True)
+
+
+def about_confirmation(
+    name: str, text: str, draws: int, evolved: Iterable[str], shares: Mapping[str, Sequence[float]], held_out_windows: int
+) -> dict[str, object]:
+    """What identifies a confirmation: its model, text and amounts, the hashes of the weights, and the packages."""
+    return {
         "model": name,
-        "text": label,
-        "windows and tokens": amounts,
+        "text": text,
+        "windows and tokens": {
+            "search": SEARCH_TEXT,
+            "scores": SCORE_TEXT,
+            "held out": (held_out_windows, HELD_OUT_TEXT[1]),
+        },
         "calibration draws": draws,
-        "EvoPress on": sorted(evolved),
-        "shares dropped": shares,
+        "EvoPress on": sorted(set(evolved) & set(shares)),
+        "shares dropped": dict(shares),
         "weights": weight_hashes(name),
         "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
     }
-    write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
-    return pd.concat(tables, ignore_index=True)
 
 
 def confirmations() -> pd.DataFrame:
