@@ -90,16 +90,19 @@ def collapsed(tmp_path_factory):
             "windows": text_of,
             "task_scores_by_set": scored,
             "RESULTS": folder,
-            "SHARES": (0.2, 0.5),
             "SEARCH_TEXT": (2, 12),
             "SCORE_TEXT": (2, 30),
             "HELD_OUT": (5, 20),
-            "PROMPTS": (3, 8),
+            "PROMPT": 8,
             "NEW": 12,
             "RECALLED": 4,
         }.items():
             patch.setattr(study, name, value)
-        return study.collapse("tiny", (32, 60)), study.committed_collapse("tiny"), study.committed_collapse("another")
+        return (
+            study.collapse("tiny", (0.2, 0.5), (32, 60), 3),
+            study.committed_collapse("tiny"),
+            study.committed_collapse("another"),
+        )
 
 
 def test_every_ability_is_that_of_the_pruned_model(collapsed):

@@ -37,9 +37,10 @@ from .writing import repeated_shares
 
 FILE = "collapse.csv"
 SHARES = (0.125, 0.25, 0.375)  # of the attention layers
-SEARCH_TEXT, SCORE_TEXT = (3, 32), (8, 128)  # calibration windows and tokens of lazy greedy and of cosine
-HELD_OUT, PROMPTS, NEW = (12, 128), (12, 32), 48  # evaluation windows; prompts; tokens that continue them
+SEARCH_TEXT, SCORE_TEXT = (3, 32), (4, 128)  # as notebook 05: calibration windows and tokens of lazy greedy and of cosine
+HELD_OUT, PROMPT, NEW = (6, 64), 32, 48  # evaluation windows as notebook 05; tokens of a prompt, and that continue it
 DISTANCES, SEGMENT, WARM, RECALLED = (32, 128, 512), 32, 4, 6  # tokens; scored after WARM of the copy; windows of each distance
+PROMPTS = 12  # whose continuations are searched for repetition
 TASKS, ITEMS = tuple(name for name in LOCAL_TASKS if name != "induction"), 25
 LIKELIHOOD, TASK, VARIED = "likelihood", "task accuracy", "varied text"
 HALF = 0.5  # share of the dense model's value at which an ability counts as lost
@@ -89,9 +90,8 @@ def kept(values: Float[np.ndarray, "unit"], dense: Float[np.ndarray, "unit"]) ->
     return half_sampling(lambda pruned, whole: float(pruned / whole) if whole else np.nan, values, dense)
 
 
-def attention_orders(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, DropSet]:
-    """Lazy greedy's and cosine's attention layers, first dropped first, as many as the largest share."""
-    n = count_of(max(SHARES), len(search.candidates(model, "attention")))
+def attention_orders(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, DropSet]:
+    """Lazy greedy's and cosine's ``n`` attention layers, first dropped first."""
     short, long = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in (SEARCH_TEXT, SCORE_TEXT))
     return {
         OURS: tuple(search.lazy_greedy(model, short, n).order),
@@ -121,11 +121,19 @@ def generated_values(
     return {name: rows.sort_values("window").value.to_numpy() for name, rows in table.groupby("ability", sort=False)}
 
 
-def collapse(name: str, distances: Sequence[int] = DISTANCES, tasks: Sequence[str] = TASKS) -> pd.DataFrame:
+def collapse(
+    name: str,
+    shares: Sequence[float] = SHARES,
+    distances: Sequence[int] = DISTANCES,
+    prompts: int = PROMPTS,
+    tasks: Sequence[str] = TASKS,
+) -> pd.DataFrame:
     """Measure a model and write the table as it grows.
 
     Args:
+        shares: of the attention layers, that are dropped.
         distances: tokens between a text and its copy.
+        prompts: whose continuations are searched for repetition; with 0, none is measured.
         tasks: as for ``task_scores``; without any, no accuracy is measured.
     Returns:
         method, n_dropped, n_layers, dropped (layers), ability, units (windows or items), value (mean), kept, low, high (the share
@@ -133,13 +141,14 @@ def collapse(name: str, distances: Sequence[int] = DISTANCES, tasks: Sequence[st
         above chance for the accuracy on tasks).
     """
     model, tokenizer = load_model(name)
-    orders = attention_orders(model, tokenizer)
     n_layers = len(search.candidates(model, "attention"))
-    counts = sorted({count_of(share, n_layers) for share in SHARES})
+    counts = sorted({count_of(share, n_layers) for share in shares})
+    orders = attention_orders(model, tokenizer, counts[-1])
     sets = {(method, n): tuple(sorted(order[:n])) for n in (0, *counts) for method, order in orders.items()}
     longest = windows("random", "evaluation", tokenizer, RECALLED, 1 + max(distances) + SEGMENT)
     texts = {f"recall over {distance} tokens": recall_windows(longest, distance) for distance in distances}
-    texts[VARIED] = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
+    if prompts:
+        texts[VARIED] = windows(DEFAULT_TEXT, "evaluation", tokenizer, prompts, PROMPT)
     held_out = windows(DEFAULT_TEXT, "evaluation", tokenizer, *HELD_OUT)
     key = cache.subkey(cache.model_key(model, "studies.collapse"), *map(cache.tensor_digest, texts.values()))
     of_set: dict[DropSet, pd.DataFrame] = {}
@@ -240,10 +249,13 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Measure what a model loses first as its attention layers are dropped."""
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.collapse", description=main.__doc__)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the attention layers, that are dropped")
     parser.add_argument("--distances", nargs="*", type=int, default=DISTANCES, help="tokens between a text and its copy")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="whose continuations are searched for repetition")
     parser.add_argument("--tasks", nargs="*", default=TASKS, help="tasks whose accuracy is measured")
     chosen = parser.parse_args(arguments)
-    print(collapse(chosen.model, chosen.distances, chosen.tasks).round(3).to_string(index=False))
+    table = collapse(chosen.model, chosen.shares, chosen.distances, chosen.prompts, chosen.tasks)
+    print(table.round(3).to_string(index=False))
     return 0
 
 
