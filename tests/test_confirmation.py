@@ -1,5 +1,7 @@
 """The confirmation of lazy greedy: its table against plain losses, its counts and sentences against loops over the table."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def confirmed(tmp_path_factory):
         patch.setattr(study, "HELD_OUT_TEXT", (4, 14))
         patch.setattr(study, "DATA", folder)
         patch.setattr(study, "RESULTS", folder / "results")
-        table = study.confirm("tiny", "a file", "c4", 2, ["attention"], {"attention": [0.5], "mlp": [0.34]})
+        table = study.confirm("tiny", "a file", "c4", 2, ["attention"], {"attention": [0.5], "mlp": [0.34]}, 4)
         return table, study.confirmations()
 
 
@@ -91,3 +93,38 @@ def test_the_committed_confirmations_are_of_other_models_or_texts():
     for _, rows in cases:
         ours = rows[rows.method == "lazy greedy"]
         assert (ours[["difference", "low", "high"]] == 0).all(axis=None) and rows.own.any() and not rows.own.all()
+
+
+def test_a_run_is_recorded_beside_its_table(tmp_path, monkeypatch):
+    for name, value in {"load_model": lambda name: (tiny_llama(), None), "windows": text_of, "DATA": tmp_path}.items():
+        monkeypatch.setattr(study, name, value)
+    for name in ("SEARCH_TEXT", "SCORE_TEXT"):
+        monkeypatch.setattr(study, name, (2, 30))
+    study.confirm("tiny", "a file", "c4", 1, shares={"mlp": [0.34]}, held_out_windows=3)
+    (folder,) = (tmp_path / "results").glob("*/*")
+    record = json.loads((folder / study.RECORD).read_text())
+    assert record["windows and tokens"]["held out"] == [3, 64] and record["shares dropped"] == {"mlp": [0.34]}
+    assert record["calibration draws"] == 1 and (folder / study.FILE).is_file()
+
+
+def test_the_aim_is_counted_one_by_one_on_every_decoder(confirmed, monkeypatch):
+    table, read = confirmed
+    monkeypatch.setattr(study, "confirmations", lambda: read)
+    joined = study.every_decoder(table.drop(columns="dropped"), "another", "c4")
+    assert joined.model.value_counts().to_dict() == {"another": len(table), "tiny": len(table)}
+    assert len(study.every_decoder(table, "tiny", "c4")) == len(table)
+    counts = study.aim_table(joined)
+    for row in counts.itertuples():
+        rows = joined[(joined.model == row.model) & (joined.kind == row.kind) & (joined.method == row.method)]
+        signs = np.sign(rows.difference)
+        assert (row.less, row.more, row.same) == ((signs > 0).sum(), (signs < 0).sum(), (signs == 0).sum())
+        assert (row.better, row.worse) == ((rows.low > 0).sum(), (rows.high < 0).sum())
+        assert row.cases == len(rows) == 2
+    assert set(counts.method) == set(study.AIM)
+    lines = study.aim_sentences(joined)
+    assert len(lines) == 3
+    for line in lines:
+        method = next(m for m in study.AIM if f"than {m} in" in line)
+        of = counts[counts.method == method]
+        assert f"in {of.less.sum()} of {of.cases.sum()} cases (decided in {of.better.sum()})" in line
+        assert line.endswith("nowhere.") == (of.less == of.cases).all()

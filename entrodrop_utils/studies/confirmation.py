@@ -1,17 +1,22 @@
 """Lazy greedy on models and texts on which its shortlist was not chosen, beside the methods that it competes with.
 
 ``python -m entrodrop_utils.studies.confirmation MODEL --text TEXT`` writes ``data/results/MODEL/confirm/07_confirmation.csv``
-after every kind and count; the folder's name has the text where it is not the default. A stopped run continues from the cache.
+after every kind and count, and beside it what was run; the folder's name has the text where it is not the default. A stopped run
+continues from the cache. Notebook 10 shows every case, notebook 07 whether the rule wins on every decoder.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 
 import pandas as pd
 
 from .. import search
+from ..files import write_text
 from ..models import load_model
+from ..models.sources import weight_hashes
 from ..paths import DATA, RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
 from ..scoring import resolve
@@ -32,13 +37,14 @@ from .search_study import (
     scores_of,
 )
 
-FILE = "07_confirmation.csv"
+FILE, RECORD = "07_confirmation.csv", "07_confirmation_run.json"
 SIZE = "confirm"
 SHARES = {"attention": (0.375, 0.25, 0.125), "mlp": (0.25,)}  # kind -> shares dropped, the most first
 SEARCH_TEXT, SCORE_TEXT, HELD_OUT_TEXT = (3, 32), (8, 128), (6, 64)  # windows and tokens, the amounts of notebook 07
 SECOND_DOMAIN = "english"
 SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 RIVALS = ("single drops", EVOLUTION, "norm_ratio", "cosine", "bucket", "knn")
+AIM = ("cosine", "norm_ratio", EVOLUTION)  # the methods below which the rule is meant to be on every decoder
 
 
 def confirm(
@@ -48,6 +54,7 @@ def confirm(
     draws: int = 2,
     evolved: Iterable[str] = (),
     shares: Mapping[str, Sequence[float]] = SHARES,
+    held_out_windows: int = HELD_OUT_TEXT[0],
 ) -> pd.DataFrame:
     """Every method on a model and a calibration text, judged on that text's evaluation part and on another domain.
 
@@ -57,6 +64,7 @@ def confirm(
         draws: draws of calibration text.
         evolved: kinds on which EvoPress runs too, with the passes that lazy greedy spent.
         shares: kind -> shares of its sub-blocks that are dropped.
+        held_out_windows: of each domain.
     Returns:
         The columns of ``against_ours`` without ``share``, and ``dropped``: the layers that each draw chose, the draws separated by
         semicolons.
@@ -68,8 +76,10 @@ def confirm(
         [windows(text, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in (SEARCH_TEXT, SCORE_TEXT)
     )
     sources = {label: text} | {SECOND_DOMAIN: SECOND_DOMAIN}
-    held_out = {domain: windows(source, "evaluation", tokenizer, *HELD_OUT_TEXT) for domain, source in sources.items()}
-    tables = []
+    held_out = {
+        domain: windows(source, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1]) for domain, source in sources.items()
+    }
+    tables, measured = [], {}
     for kind, of_kind in shares.items():
         searches = ["Fisher", "single drops", OURS, *([EVOLUTION] if kind in evolved else [])]
         for share in of_kind:
@@ -84,7 +94,30 @@ def confirm(
             table = against_ours(choices, losses).drop(columns="share")
             tables.append(table.assign(dropped=table.method.map(sets)))
             profile.write(pd.concat(tables), FILE)
+            measured.setdefault(kind, []).append(share)
+            record = about_confirmation(name, label, draws, evolved, measured, held_out_windows)
+            write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
     return pd.concat(tables, ignore_index=True)
+
+
+def about_confirmation(
+    name: str, text: str, draws: int, evolved: Iterable[str], shares: Mapping[str, Sequence[float]], held_out_windows: int
+) -> dict[str, object]:
+    """What identifies a confirmation: its model, text and amounts, the hashes of the weights, and the packages."""
+    return {
+        "model": name,
+        "text": text,
+        "windows and tokens": {
+            "search": SEARCH_TEXT,
+            "scores": SCORE_TEXT,
+            "held out": (held_out_windows, HELD_OUT_TEXT[1]),
+        },
+        "calibration draws": draws,
+        "EvoPress on": sorted(set(evolved) & set(shares)),
+        "shares dropped": dict(shares),
+        "weights": weight_hashes(name),
+        "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
+    }
 
 
 def confirmations() -> pd.DataFrame:
@@ -134,6 +167,49 @@ def decided(table: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex([name for name in RIVALS if name in counts.index]).reset_index()
 
 
+def every_decoder(run: pd.DataFrame, model: str, text: str) -> pd.DataFrame:
+    """The committed confirmations, and in front of them a run of notebook 07 on a model and text that has none.
+
+    Args:
+        run: as ``against_ours`` returns it.
+    """
+    committed = confirmations()
+    if ((committed.model == model) & (committed.text == text)).any():
+        return committed
+    own = run.assign(model=model, text=text, own=run.domain == text)
+    return pd.concat([own, committed], ignore_index=True).reindex(columns=committed.columns)
+
+
+def aim_table(table: pd.DataFrame) -> pd.DataFrame:
+    """In how many cases lazy greedy costs less than each method of ``AIM``, by model, text and kind.
+
+    Returns:
+        model, text, kind, method, cases (domains and counts), same (the same set, or equal in every window), less and more (of the
+        cases, by the mean), better and worse (decided by the interval).
+    """
+    rows = table[table.method.isin(AIM)]
+    less, more = rows.difference > 0, rows.difference < 0
+    marks = {"cases": 1, "same": ~less & ~more, "less": less, "more": more, "better": rows.low > 0, "worse": rows.high < 0}
+    counts = rows.assign(**marks).groupby(["model", "text", "kind", "method"], sort=False)[list(marks)].sum().reset_index()
+    return counts.astype(dict.fromkeys(marks, int))
+
+
+def aim_sentences(table: pd.DataFrame) -> list[str]:
+    """Whether lazy greedy costs less than each method of ``AIM`` in every case, and where it does not."""
+    counts, lines = aim_table(table), []
+    for method, rows in counts.groupby("method", sort=False):
+        total, exceptions = rows.sum(numeric_only=True), rows[rows.less < rows.cases]
+        where = [
+            f"{row.model} on {row.text}, {KIND_NAMES[row.kind]}, {row.cases - row.less} of {row.cases}"
+            for row in exceptions.itertuples()
+        ]
+        lines.append(
+            f"{OURS} costs less than {method} in {total.less} of {total.cases} cases (decided in {total.better}), the same in "
+            f"{total.same}, more in {total.more} (decided in {total.worse}); not less: {'; '.join(where) or 'nowhere'}."
+        )
+    return lines
+
+
 def confirmation_sentences(table: pd.DataFrame) -> list[str]:
     """Whether the rule is confirmed: the cases against every rival, and intervals where most attention layers are dropped."""
     counts = decided(table)
@@ -161,8 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--label", default="", help="what the results call the text")
     parser.add_argument("--draws", type=int, default=2, help="draws of calibration text")
     parser.add_argument("--evolved", nargs="*", default=[], choices=[*KIND_NAMES], help="kinds on which EvoPress runs too")
+    parser.add_argument("--windows", type=int, default=HELD_OUT_TEXT[0], help="held-out windows of each domain")
     chosen = parser.parse_args(arguments)
-    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved)
+    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved, held_out_windows=chosen.windows)
     print(table[table.method != RANDOM_DRAW].drop(columns="dropped").round(3).to_string(index=False))
     return 0
 
