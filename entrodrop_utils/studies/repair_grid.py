@@ -8,7 +8,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 from jaxtyping import Int
 from torch import Tensor
@@ -23,6 +22,7 @@ from ..layerwise import DropSet, set_name
 from ..models import load_model
 from ..paths import DATA
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
+from ..progress import progress
 from ..repairing import folds_by_set, maps_by_how, rank_for_repair, repair
 from ..residual import SubBlock, find
 from ..selection import PUBLISHED_PROTECTED, protected_layers
@@ -32,12 +32,12 @@ from .repair_study import HOWS, LEFT, NONE, SINGLE, Losses, repair_table
 
 SIZE, FILE, WINDOWS = "grid", "09_grid.csv", "09_grid_windows.csv"
 CASES = {"attention": (0.375, 0.25), "mlp": (0.25,), "block": (0.25,)}  # kind -> shares dropped
-OURS = "lazy greedy"
+OURS, DENSE = "lazy greedy", "dense"
 SCORES = ("bucket", "knn", "cosine", "norm_ratio")
 REPAIRS = {"attention": (*HOWS, "fold", "scale"), "mlp": (*HOWS, "fold", "scale"), "block": ("fold", "scale", "patch")}
 DRAWN = {"attention": "linear", "mlp": "linear", "block": "fold"}  # the repair of random choices
 DOMAINS = ("docs", "code", "english", "spanish", "wikitext")
-SCORED, FITTED, CHOSEN, HELD_OUT = (24, 256), (20, 256), (4, 64), (8, 64)  # windows and tokens
+SCORED, FITTED, CHOSEN, HELD_OUT = (24, 256), (20, 256), (4, 64), (6, 64)  # windows and tokens
 N_MAGNITUDES = 4  # windows that scale and patch compare the size of the stream on
 Fit = Callable[[Sequence[DropSet]], Mapping[DropSet, Repair]]
 
@@ -77,18 +77,19 @@ def whole_losses(
     Args:
         about: what the fit depends on, besides the model.
     """
-    named = {set_name(drop_set): drop_set for drop_set in sets}
     key = cache.subkey(cache.model_key(model, "repairing.fit", "evaluation"), *about, cache.tensor_digest(ids))
-
-    def compute(missing: list[str]) -> pd.DataFrame:
-        fits, tables = fit([named[name] for name in missing]), []
-        for name in missing:
-            with dropped(model, named[name], fits[named[name]]):
-                values = perplexity(model, ids).per_window
-            tables.append(pd.DataFrame({"set": name, "window": range(len(values)), "nll": values}))
-        return pd.concat(tables, ignore_index=True)
-
-    table = cache.rows_by_set("repaired", key, named, compute, lambda: None)
+    known = cache.read("repaired", key)
+    tables = [] if known is None else [known]
+    named = {set_name(drop_set): drop_set for drop_set in sets}
+    missing = {name: drop_set for name, drop_set in named.items() if known is None or name not in set(known.set)}
+    fits = fit(list(missing.values())) if missing else {}
+    for name, drop_set in progress(missing.items(), "evaluating repaired models"):
+        with dropped(model, drop_set, fits[drop_set]):
+            values = perplexity(model, ids).per_window
+        tables.append(pd.DataFrame({"set": name, "window": range(len(values)), "nll": values}))
+        cache.write("repaired", key, pd.concat(tables, ignore_index=True))
+    table = pd.concat(tables, ignore_index=True)
+    table = table[table.set.isin(list(named))]
     return table.assign(set=table.set.map(named))
 
 
@@ -129,36 +130,42 @@ def grid(name: str, text: str = DEFAULT_TEXT, domains: Sequence[str] = DOMAINS, 
             losses.setdefault(key, {}).update(by_set)
         write_grid(profile, losses, choices, text)
 
+    def measure(kind: str, sets: Sequence[DropSet], hows: Sequence[str], maps: Mapping[str, Repair]) -> None:
+        add(NONE, losses_by_set(model, ids, [(), *sets]))
+        for how in hows:
+            if how in maps:
+                add(how, losses_by_set(model, ids, sets, maps[how]))
+            elif how == "fold":
+                add(how, whole_losses(model, ids, sets, lambda of: folds_by_set(model, of, fit_text), (how, digest)))
+            else:
+                each = lambda of, how=how: {s: repair(model, s, few, how) for s in of}  # noqa: E731
+                about = (how, cache.tensor_digest(few))
+                add(how, pd.concat([whole_losses(model, ids, [drop_set], each, about) for drop_set in sets]))
+
+    drawn = {}
     for kind, shares in CASES.items():
         counts = sorted(set(numbers_dropped(shares, len(decoder_layers(model))).values()))
         maps = maps_by_how(model, find(model, kind), fit_text) if DRAWN[kind] == "linear" else {}
         of_kind = drop_sets(grid_orders(model, scores, kind, max(counts), draws, validation, maps), counts)
         choices |= of_kind
-        ranked, drawn = (list(dict.fromkeys(s for (_, m, _), s in of_kind.items() if (m.rule == RANDOM) == r)) for r in (0, 1))
-        for sets in (ranked, drawn):
-            add(NONE, losses_by_set(model, ids, [(), *sets]))
-            for how in REPAIRS[kind] if sets is ranked else (DRAWN[kind],):
-                if how in maps:
-                    measured = losses_by_set(model, ids, sets, maps[how])
-                elif how == "fold":
-                    measured = whole_losses(model, ids, sets, lambda of: folds_by_set(model, of, fit_text), (how, digest))
-                else:
-                    one = lambda of, how=how: {s: repair(model, s, few, how) for s in of}  # noqa: E731
-                    parts = [whole_losses(model, ids, [s], one, (how, cache.tensor_digest(few))) for s in sets]
-                    measured = pd.concat(parts)
-                add(how, measured)
+        ranked = dict.fromkeys(s for (_, m, _), s in of_kind.items() if m.rule != RANDOM)
+        drawn[kind] = list(dict.fromkeys(s for s in of_kind.values() if s not in ranked)), maps
+        measure(kind, list(ranked), REPAIRS[kind], maps)
+    for kind, (sets, maps) in drawn.items():
+        if sets:
+            measure(kind, sets, [DRAWN[kind]], maps)
     return write_grid(profile, losses, choices, text)
 
 
 def write_grid(profile: Profile, losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str) -> pd.DataFrame:
     """Write the table of costs, and the losses of windows, a row a set with a repair on a domain."""
     table = repair_table(losses, choices, fitted_on)
-    layers = {(kind, *method, n): " ".join(str(s.layer) for s in drop_set) for (kind, method, n), drop_set in choices.items()}
+    layers = {(kind, *method, n): _layers(drop_set) for (kind, method, n), drop_set in choices.items()}
     keys = table[["kind", *METHOD_COLUMNS, "n_dropped"]].itertuples(index=False, name=None)
     table = table.assign(dropped=[layers[key] for key in keys])
     profile.write(table, FILE)
     rows = [
-        {"repair": name, "domain": domain, "kind": drop_set[0].kind if drop_set else "", "dropped": _layers(drop_set)}
+        {"repair": name, "domain": domain, "set": f"{drop_set[0].kind} {_layers(drop_set)}" if drop_set else DENSE}
         | {f"window {i}": value for i, value in enumerate(values.nll)}
         for (name, domain), by_set in losses.items()
         for drop_set, values in by_set.items()
@@ -171,6 +178,10 @@ def _layers(drop_set: DropSet) -> str:
     return " ".join(str(s.layer) for s in drop_set)
 
 
+def _parsed(kind: str, layers: str) -> DropSet:
+    return tuple(SubBlock(int(layer), kind) for layer in layers.split())
+
+
 def committed_grid(profile: Profile) -> tuple[Losses, dict[Choice, DropSet]] | None:
     """The losses and choices of the committed grid of a model; None where there is none."""
     table, per_window = (profile.committed(file, SIZE) for file in (FILE, WINDOWS))
@@ -178,15 +189,13 @@ def committed_grid(profile: Profile) -> tuple[Losses, dict[Choice, DropSet]] | N
         return None
     losses: Losses = {}
     values = per_window.filter(like="window ").to_numpy()
-    for row, nll in zip(per_window.fillna("").itertuples(), values, strict=True):
-        drop_set = tuple(SubBlock(int(layer), row.kind) for layer in str(row.dropped).split())
-        losses.setdefault((row.repair, row.domain), {})[drop_set] = pd.DataFrame({"nll": nll[~np.isnan(nll)]})
-    choices = {
-        (row.kind, Method(row.metric, row.rule, row.first_token, row.draw), row.n_dropped): tuple(
-            SubBlock(int(layer), row.kind) for layer in str(row.dropped).split()
-        )
-        for row in table.itertuples()
-    }
+    for row, nll in zip(per_window.itertuples(), values, strict=True):
+        drop_set = () if row.set == DENSE else _parsed(*row.set.split(maxsplit=1))
+        losses.setdefault((row.repair, row.domain), {})[drop_set] = pd.DataFrame({"nll": nll})
+    choices = {}
+    for row in table.itertuples():
+        method = Method(row.metric, row.rule, row.first_token, row.draw)
+        choices[row.kind, method, row.n_dropped] = _parsed(row.kind, str(row.dropped))
     return losses, choices
 
 
