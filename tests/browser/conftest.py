@@ -123,7 +123,7 @@ def _answers(address: str) -> bool:
 def asked(address: str, what: str, method: str = "GET"):
     """What Lab's server answers."""
     request = urllib.request.Request(f"{address}/api/{what}", headers={"Authorization": f"token {TOKEN}"}, method=method)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=90) as answer:
         return json.loads(answer.read() or "null")
 
 
