@@ -138,7 +138,7 @@ def published_figures(name: str) -> pd.DataFrame:
 
 
 def published_lists() -> pd.DataFrame:
-    """The published lists of dropped layers of other models: the columns of ``others``, and layers, whose order is that of the list."""
+    """The published lists of dropped layers of other models: the columns of ``others``, and layers, in the order of the list."""
     table = published_figures("others").astype({"value": str})
     lists = table[table.metric.isin(["first dropped first", "layers"]) & table.value.str.fullmatch(r"[\d ]+")]
     return lists.assign(layers=[[int(layer) for layer in value.split()] for value in lists.value]).astype({"n_total": int})

@@ -50,11 +50,7 @@ class Estimate:
         return Estimate.of(self.per_window - other.per_window)
 
     def __format__(self, spec: str) -> str:
-        """The mean with its standard error; a sign is asked for the mean only.
-
-        >>> f"{Estimate.of(np.array([0.25, 0.75])):+.2f}"
-        '+0.50 ± 0.25'
-        """
+        """The mean and its standard error, ``+0.50 ± 0.25`` under ``+.2f``."""
         spec = spec or ".4f"
         return f"{self.mean:{spec}} ± {self.stderr:{spec.lstrip('+')}}"
 

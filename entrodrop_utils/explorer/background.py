@@ -111,4 +111,5 @@ class Cells:
 def sentence(error: Exception) -> str:
     """An error as one sentence for a person: its message, and its kind where the message alone says too little."""
     said = " ".join(str(error).split())
-    return said if said and isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: {said}".rstrip(": ")
+    plain = said and isinstance(error, (ValueError, RuntimeError, OSError))
+    return said if plain else f"{type(error).__name__}: {said}".rstrip(": ")

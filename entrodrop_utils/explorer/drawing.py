@@ -8,9 +8,9 @@ import numpy as np
 from .. import scoring
 from ..claims import published_lists
 from ..generation import ModelSize
-from ..residual import KINDS, SubBlock
+from ..residual import KINDS
 from .choice import Choice, Ranking
-from .loaded import NOTHING, LoadedModel
+from .loaded import NOTHING
 
 CHOSEN = "#BE1E3C"  # the colour of what is chosen: no metric's and no kind's (figures.COLOURS, KIND_COLOURS)
 CONTEXT = 1024  # tokens of context that the size of the cache is stated for

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -241,7 +241,8 @@ class Page:
             if choice is None:
                 return
             prompt, loaded = choice.settings.prompt, choice.ranking.loaded
-            told = {"dense": loaded.known("continuation", (), prompt), "pruned": loaded.known("continuation", choice.dropped, prompt)}
+            drops = {"dense": (), "pruned": choice.dropped}
+            told = {name: loaded.known("continuation", drop, prompt) for name, drop in drops.items()}
             self.widget.map = drawing.map_of(choice.ranking)
             self.widget.choice = drawing.choice_of(choice)
             self.widget.curves = drawing.curves_of(choice, pins)
