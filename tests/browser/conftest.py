@@ -50,7 +50,7 @@ def browser():
 def page(browser):
     """A page as wide as a small laptop."""
     page = browser.new_page(viewport={"width": 1366, "height": 768})
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(240_000)  # of a busy machine
     yield page
     page.close()
 
