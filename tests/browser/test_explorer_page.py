@@ -292,7 +292,8 @@ def test_any_host_of_anywidgets_can_show_it(page, tiny, screenshots):
     own.close()
     page.set_viewport_size({"width": 900, "height": 768})
     page.set_content(
-        "<body style='--vscode-editor-background: rgb(30, 30, 30); --vscode-editor-foreground: #cccccc; margin: 0'>"
+        "<body style='--vscode-editor-background: rgb(30, 30, 30); --vscode-editor-foreground: #cccccc; margin: 0; "
+        "--jp-layout-color1: white; --jp-content-font-color1: black'>"  # as VS Code's widget manager has them
         f"<style>{(PACKAGE / 'explorer' / 'explorer.css').read_text()}</style><div id='host'></div></body>"
     )
     page.evaluate(
