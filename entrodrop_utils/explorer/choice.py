@@ -91,7 +91,7 @@ class Choice:
         """
         marked = list(sub_blocks)
         gone = marked[0] not in self.dropped if gone is None else gone
-        lost = [s for s in (*self.dropped, *self._forced) if gone and _overlap(s, marked)]
+        lost = [s for s in self.dropped if gone and _overlap(s, marked)]
         wanted = [s for s in self.dropped if s not in marked and s not in lost] + marked * gone
         by_hand = {s: was for s, was in self.by_hand.items() if s not in lost} | dict.fromkeys(marked, gone)
         new = Choice(self.ranking, len(wanted), by_hand)
