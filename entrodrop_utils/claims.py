@@ -135,3 +135,10 @@ def published_figures(name: str) -> pd.DataFrame:
         tables = ", ".join(sorted(file.stem for file in PUBLISHED.glob("*.csv")))
         raise ValueError(f"no table {name!r} in data/published: there are {tables}")
     return pd.read_csv(path)
+
+
+def published_lists() -> pd.DataFrame:
+    """The published lists of dropped layers of other models: the columns of ``others``, and layers, in the order of the list."""
+    table = published_figures("others").astype({"value": str})
+    lists = table[table.metric.isin(["first dropped first", "layers"]) & table.value.str.fullmatch(r"[\d ]+")]
+    return lists.assign(layers=[[int(layer) for layer in value.split()] for value in lists.value]).astype({"n_total": int})

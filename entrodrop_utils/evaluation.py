@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -44,8 +45,24 @@ class Estimate:
         n = len(per_window)
         return cls(float(per_window.mean()), float(per_window.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, per_window)
 
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """How much larger this is, window by window: both are of the same windows."""
+        return Estimate.of(self.per_window - other.per_window)
+
+    def __format__(self, spec: str) -> str:
+        """The mean and its standard error, ``+0.50 ± 0.25`` under ``+.2f``."""
+        spec = spec or ".4f"
+        return f"{self.mean:{spec}} ± {self.stderr:{spec.lstrip('+')}}"
+
     def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.stderr:.4f}"
+        return format(self)
+
+
+class Cost(NamedTuple):
+    """The loss of a pruned model and its divergence from the dense one."""
+
+    loss: Estimate
+    kl: Estimate
 
 
 def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
@@ -170,8 +187,7 @@ def _losses(
 class IncrementalLosses:
     """Loss and divergence of one set of sub-blocks after another on the same windows; later sets reuse the states of earlier ones.
 
-    It holds the dense model's states and predictions, every result, and the newest states inside pruned models. What an earlier run
-    kept on disk is read when it is asked for.
+    It holds the dense model's states and predictions, every result, and the newest states inside pruned models.
 
     Args:
         max_bytes: of the states inside pruned models.
@@ -181,7 +197,6 @@ class IncrementalLosses:
     def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"], max_bytes: int = MAX_BYTES):
         _check_windows(model, windows)
         self.model, self.states, self.max_bytes = model, {}, max_bytes
-        self._key = cache.subkey(cache.model_key(model, "evaluation"), cache.tensor_digest(windows))
         with evaluation_mode(model):
             batches = progress(_batches(windows), "the dense model")
             self.forwards = [LayerwiseForward(model, ids.to(model.device)) for ids in batches]
@@ -193,42 +208,25 @@ class IncrementalLosses:
                 values.append(self.references[-1].compare(logits))
             self.results = {(): self._estimates(values)}
 
-    @cached_property
-    def _kept(self) -> dict[str, pd.DataFrame]:
-        table = cache.read("incremental", self._key)
-        return {} if table is None else dict(tuple(table.groupby("set")))
-
-    def keep(self) -> None:
-        """Add the results that are new since the last call to the cache on disk."""
-        before = len(self._kept)
-        for drop_set, (loss, kl) in list(self.results.items()):
-            name = set_name(drop_set)
-            self._kept.setdefault(name, pd.DataFrame({"set": name, "nll": loss.per_window, "kl": kl.per_window}))
-        if len(self._kept) > before:
-            cache.write("incremental", self._key, pd.concat(list(self._kept.values()), ignore_index=True))
-
     @torch.inference_mode()
-    def __call__(self, sub_blocks: Iterable[SubBlock]) -> tuple[Estimate, Estimate]:
+    def __call__(self, sub_blocks: Iterable[SubBlock]) -> Cost:
         """Loss and divergence without these sub-blocks. Raises ValueError as ``dropped``."""
         drop_set = tuple(sorted(sub_blocks))
         if drop_set not in self.results:
             with dropped(self.model, drop_set):  # refuses a set that cannot be dropped
                 pass
-            if (rows := self._kept.get(set_name(drop_set))) is not None:
-                self.results[drop_set] = (Estimate.of(rows.nll.to_numpy()), Estimate.of(rows.kl.to_numpy()))
-            else:
-                with evaluation_mode(self.model):
-                    values = [
-                        reference.compare(forward.logits(self._last_state(i, drop_set)))
-                        for i, (forward, reference) in enumerate(zip(self.forwards, self.references, strict=True))
-                    ]
-                    self.results[drop_set] = self._estimates(values)
+            with evaluation_mode(self.model):
+                values = [
+                    reference.compare(forward.logits(self._last_state(i, drop_set)))
+                    for i, (forward, reference) in enumerate(zip(self.forwards, self.references, strict=True))
+                ]
+                self.results[drop_set] = self._estimates(values)
         return self.results[drop_set]
 
     @staticmethod
-    def _estimates(values: Iterable[tuple[Tensor, Tensor]]) -> tuple[Estimate, Estimate]:
+    def _estimates(values: Iterable[tuple[Tensor, Tensor]]) -> Cost:
         """Loss and divergence of all windows, from those of each batch."""
-        return tuple(Estimate.of(torch.cat(value).double().cpu().numpy()) for value in zip(*values, strict=True))
+        return Cost(*(Estimate.of(torch.cat(value).double().cpu().numpy()) for value in zip(*values, strict=True)))
 
     def _last_state(self, i: int, drop_set: DropSet) -> Tensor:
         """The state of batch ``i`` after the last layer, from the deepest layer whose input is known."""
@@ -244,3 +242,27 @@ class IncrementalLosses:
         while len(self.states) * state.nbytes > self.max_bytes:
             del self.states[next(iter(self.states))]
         return state
+
+
+class CachedLosses:
+    """``IncrementalLosses`` whose results stay on disk: the model runs only for sets that no earlier run measured on this text."""
+
+    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"], max_bytes: int = MAX_BYTES):
+        self.model, self.windows, self.max_bytes = model, windows, max_bytes
+        self._entry = cache.subkey(cache.model_key(model, "evaluation"), cache.tensor_digest(windows))
+
+    @cached_property
+    def incremental(self) -> IncrementalLosses:
+        """What measures; it holds the states."""
+        return IncrementalLosses(self.model, self.windows, self.max_bytes)
+
+    def __call__(self, sub_blocks: Iterable[SubBlock]) -> Cost:
+        """Loss and divergence without these sub-blocks. Raises ValueError as ``dropped``."""
+        drop_set = tuple(sorted(sub_blocks))
+
+        def compute(names: list[str]) -> pd.DataFrame:
+            loss, kl = self.incremental(drop_set)
+            return pd.DataFrame({"set": names[0], "nll": loss.per_window, "kl": kl.per_window})
+
+        rows = cache.rows_by_set("incremental", self._entry, [set_name(drop_set)], compute, lambda: None)
+        return Cost(Estimate.of(rows.nll.to_numpy()), Estimate.of(rows.kl.to_numpy()))

@@ -84,6 +84,28 @@ def test_what_was_evaluated_before_is_not_evaluated_again(model, windows, monkey
         evaluation.losses_by_set(model, windows, sets)  # another model
 
 
+def test_a_search_pays_for_no_disk_and_results_that_are_kept_are_the_same(model, windows, monkeypatch):
+    sets = [(), (SubBlock(1, "mlp"),), (SubBlock(2, "attention"), SubBlock(1, "mlp"))]
+    kept = evaluation.CachedLosses(model, windows)
+    costs = [kept(drop_set) for drop_set in sets]
+    with monkeypatch.context() as without:
+        without.setattr(evaluation, "cache", None)
+        losses = evaluation.IncrementalLosses(model, windows)
+        expected = [losses(drop_set) for drop_set in sets]
+    again = evaluation.CachedLosses(model, windows)
+    monkeypatch.setattr(evaluation, "IncrementalLosses", lambda *_: pytest.fail("evaluated again"))
+    for drop_set, *results in zip(sets, expected, costs, strict=True):
+        for estimates in zip(*results, again(drop_set[::-1]), strict=True):
+            first, *others = (list(estimate.per_window) for estimate in estimates)
+            assert others == [first, first]
+
+
+def test_a_difference_of_estimates_is_paired():
+    loss, dense = (evaluation.Estimate.of(np.array(values)) for values in ([3.0, 5.0, 7.0], [1.0, 2.0, 3.0]))
+    assert f"{loss - dense:+.3f}" == f"+3.000 ± {1 / math.sqrt(3):.3f}"
+    assert str(dense) == f"{dense}" == "2.0000 ± 0.5774"
+
+
 def test_the_model_is_left_as_it_was(model, windows):
     before = model(windows).logits
     hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}

@@ -5,6 +5,7 @@ import html
 import itertools
 import math
 import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -19,10 +20,10 @@ from entrodrop_utils import evaluation, models, repair, saving, scoring, text
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.entropy import bucket
 from entrodrop_utils.explorer import background as background_module
-from entrodrop_utils.explorer import drawing, loaded, sharing, state
+from entrodrop_utils.explorer import drawing, loaded, sharing
 from entrodrop_utils.explorer import page as page_module
 from entrodrop_utils.explorer.background import Background
-from entrodrop_utils.explorer.choice import Choice
+from entrodrop_utils.explorer.choice import Choice, Ranking, preset
 from entrodrop_utils.explorer.settings import Settings
 from entrodrop_utils.explorer.state import Explorer, Session
 from entrodrop_utils.profile import Profile
@@ -123,13 +124,12 @@ def test_a_similarity_comes_with_an_entropy_curve(explorer, ranking, model, wind
 @pytest.mark.parametrize("settings", [{}, {"first": False}, {"metric": "cosine", "first": False}, {"bins": 7}])
 def test_what_another_explorer_left_in_the_cache_serves(explorer, settings, monkeypatch):
     first = changed(explorer, **settings)
-    first.loaded.cost(first.order, first.settings), first.loaded.keep()
+    first.loaded.cost(first.order, first.settings)
     monkeypatch.setattr(scoring, "measure", lambda *_: pytest.fail("scored again"))
     again = Explorer(Profile(size="smoke"), 4, 64).use(first.settings)
     assert list(again.curve) == list(first.curve)
     assert (again.importance, again.order) == (first.importance, first.order)
-    again.loaded.cost((), again.settings)  # the dense model gives the references of all others
-    monkeypatch.setattr(evaluation.LayerwiseForward, "layer", lambda *_: pytest.fail("evaluated again"))
+    monkeypatch.setattr(evaluation, "LayerwiseForward", lambda *_: pytest.fail("evaluated again"))
     costs = [one.loaded.cost(first.order, first.settings).kl.per_window for one in (again, first)]
     assert costs[0] == pytest.approx(costs[1])
 
@@ -173,8 +173,7 @@ def test_shared_layers_are_not_run_again(ranking, model):
 def test_states_kept_are_bounded(ranking, monkeypatch):
     monkeypatch.setattr(loaded, "MAX_STATES", 3 * 4 * 32 * 32 * 4)
     ranking.loaded.cost([SubBlock(1, "mlp")], ranking.settings)
-    (losses,) = ranking.loaded._losses.values()
-    assert len(losses.states) == 3
+    assert len(ranking.loaded._losses(ranking.settings.evaluation_text).incremental.states) == 3
 
 
 def test_size_is_counted(ranking, model):
@@ -236,8 +235,8 @@ def test_random_choices_have_as_many_of_each_kind(ranking):
 
 
 def test_what_is_saved_is_what_was_measured_and_says_so(ranking, model, tmp_path, held_out):
-    choice, settings = Choice(ranking.order, 2), ranking.settings
-    folder = sharing.save(ranking, choice, str(tmp_path / "mine"))
+    choice, settings = Choice(ranking, 2), ranking.settings
+    folder = sharing.save(choice, str(tmp_path / "mine"))
     saved = saving.load_pruned(folder)
     cost = ranking.loaded.cost(choice.dropped, settings).loss
     assert evaluation.perplexity(saved, held_out).mean == pytest.approx(cost.mean, rel=1e-5)
@@ -246,17 +245,17 @@ def test_what_is_saved_is_what_was_measured_and_says_so(ranking, model, tmp_path
     assert "Chosen by bucket (bins 20), one-shot, measured on 5 windows of 24 tokens of docs" in card
     assert f"{cost.perplexity:.2f} after." in card
     with pytest.raises(FileExistsError, match="is not empty"):
-        sharing.save(ranking, choice, str(tmp_path / "mine"))
-    repaired = saving.load_pruned(sharing.save(ranking, choice, str(tmp_path / "repaired"), repaired=True))
+        sharing.save(choice, str(tmp_path / "mine"))
+    repaired = saving.load_pruned(sharing.save(choice, str(tmp_path / "repaired"), repaired=True))
     expected = ranking.loaded.repaired(choice.dropped, settings, settings).mean
     assert evaluation.perplexity(repaired, held_out).mean == pytest.approx(expected, rel=1e-5)
 
 
 def test_exported_code_runs(ranking, monkeypatch, capsys):
     monkeypatch.setattr(models, "load_model", loaded.load_model)
-    choice = Choice(ranking.order, 2)
+    choice = Choice(ranking, 2)
     found = {}
-    exec(sharing.drop_code(ranking.settings, choice), found)
+    exec(sharing.drop_code(choice), found)
     assert found["drop_set"] == choice.dropped
     assert capsys.readouterr().out == f"{ranking.loaded.size(choice.dropped).parameters:,} parameters\n"
 
@@ -267,11 +266,11 @@ def test_the_shared_line_recreates_the_state(explorer, monkeypatch):
     monkeypatch.delenv(HEADLESS, raising=False)
     settings = explorer.settings.changed(kind="mlp", metric="cosine", first=False, k=3)
     ranking = explorer.use(settings)
-    choice = Choice(ranking.order, 3, {ranking.order[1]: False, SubBlock(0, "attention"): True})
-    exec(sharing.state_line(settings, choice), {})
+    choice = Choice(ranking, 3, {ranking.order[1]: False, SubBlock(0, "attention"): True})
+    exec(sharing.state_line(choice), {})
     try:
         assert shown[0].background.wait(60)
-        assert shown[0].session.shown.settings == settings
+        assert shown[0].session.choice.settings == settings
         assert shown[0].session.choice.dropped == choice.dropped
         assert shown[0].session.choice.by_hand == choice.by_hand
     finally:
@@ -280,12 +279,12 @@ def test_the_shared_line_recreates_the_state(explorer, monkeypatch):
 
 def test_an_export_holds_what_is_chosen(ranking, tmp_path):
     ranking.loaded.tokenizer = None  # a file that reads ids: these letters are no tokenizer that a file can hold
-    exported = sharing.save(ranking, Choice(ranking.order, 2), str(tmp_path / "new" / "smaller.gguf"), runtime="gguf")
+    exported = sharing.save(Choice(ranking, 2), str(tmp_path / "new" / "smaller.gguf"), runtime="gguf")
     assert exported.path.stat().st_size == exported.nbytes
     assert (exported.layers, exported.kv_layers) == (6, 4)
     assert len(find(ranking.loaded.model, "attention")) == 6
     with pytest.raises(ValueError, match="unknown runtime 'onnx': choose one of gguf, vllm, mlx"):
-        sharing.save(ranking, Choice(ranking.order, 1), str(tmp_path / "x"), runtime="onnx")
+        sharing.save(Choice(ranking, 1), str(tmp_path / "x"), runtime="onnx")
 
 
 @pytest.mark.parametrize(
@@ -332,45 +331,57 @@ def test_pasted_text_is_what_it_is_said_to_be(explorer, ranking, model):
     assert ranking.loaded.cost(drop, ranked.settings) == ranking.loaded.cost(drop, read.settings) != own
 
 
+def ranked(order: list[SubBlock], **settings) -> Ranking:
+    """A ranking of a model of six layers that nobody opened."""
+    parts = {kind: [SubBlock(i, kind) for i in range(6)] for kind in ("attention", "mlp", "block")}
+    opened = type("Opened", (), {"sub_blocks": parts, "depth": 6, "name": "tiny"})()
+    values = {"settings": Settings(**settings), "loaded": opened, "curve": np.arange(13.0), "importance": {}, "order": order}
+    ranking = Ranking.__new__(Ranking)  # whose types nobody checks
+    ranking.__dict__.update(values)
+    return ranking
+
+
 def test_choices():
     order = [SubBlock(i, "mlp") for i in (4, 2, 3)]
-    choice = Choice(order, 2)
+    choice = Choice(ranking := ranked(order, kind="mlp"), 2)
     assert choice.dropped == order[:2]
-    choice.toggle(order[0])  # kept by hand, and nothing comes in its place
+    choice = choice.marked([order[0]])  # kept by hand, and nothing comes in its place
     assert choice.dropped == [order[1]]
-    choice.toggle(other := SubBlock(0, "mlp"))  # dropped by hand, though the rule protects it
+    choice = choice.marked([other := SubBlock(0, "mlp")])  # dropped by hand, though the rule protects it
     assert choice.dropped == [other, order[1]]
     assert choice.limits == (1, 3)
-    assert choice.described("bucket") == "bucket, one-shot; mlp 0 dropped by hand; mlp 4 kept by hand"
-    choice.n = 3
+    assert choice.made_by == "bucket (bins 20), one-shot; mlp 0 dropped by hand; mlp 4 kept by hand"
+    choice = replace(choice, n=3)
     assert choice.dropped == [other, order[1], order[2]]
-    choice.toggle(other)
+    choice = choice.marked([other])
     assert choice.dropped == order[1:]
     assert choice.limits == (0, 2)
-    assert Choice(order, 1, {other: True}).described("bucket") == "hand"
+    assert Choice(ranking, 1, {other: True}).made_by == "hand"
+    assert [Choice(ranking, n).n for n in (-1, None, 9)] == [0, 2, 3]
+    assert [Choice(ranking, 2).name, Choice(ranking, 2, {other: True}).name] == ["bucket (bins 20) mlp, 2", "mine, 2"]
 
 
 def test_a_block_and_its_parts_are_not_dropped_twice():
-    choice = Choice([SubBlock(i, "attention") for i in (3, 4, 5)], 2, attention=[SubBlock(i, "attention") for i in range(6)])
-    choice.toggle(SubBlock(3, "block"))
+    choice = Choice(ranked([SubBlock(i, "attention") for i in (3, 4, 5)]), 2)
+    choice = choice.marked([SubBlock(3, "block")])
     assert choice.dropped == [SubBlock(3, "block"), SubBlock(4, "attention")]
-    choice.toggle(SubBlock(3, "mlp"))  # a part of it: the block stays no longer whole in the choice
+    choice = choice.marked([SubBlock(3, "mlp")])  # a part of it: the block stays no longer whole in the choice
     assert choice.dropped == [SubBlock(3, "mlp"), SubBlock(4, "attention")]
     assert choice.by_hand[SubBlock(3, "attention")] is False  # which the ranking would drop now that it can
-    choice.set([SubBlock(i, "attention") for i in range(5)], True)
+    choice = choice.marked([SubBlock(i, "attention") for i in range(5)], True)
     with pytest.raises(ValueError, match="one attention layer must stay"):
-        choice.toggle(SubBlock(5, "block"))
+        choice.marked([SubBlock(5, "block")])
     assert len(choice.dropped) == 6
 
 
 def test_drawings_name_every_number(explorer):
     ranking = changed(explorer, metric="knn", k=3)
-    choice, held = Choice(ranking.order, 1), ranking.loaded
-    dense, now = drawing.table_of(ranking, choice, [])
+    choice, held = Choice(ranking, 1), ranking.loaded
+    dense, now = drawing.table_of(choice, [])
     assert {name for name, cell in now["cells"].items() if cell is None} == {*drawing.columns(64)}
     for drop in ((), choice.dropped):
         held.size(drop), held.cost(drop, ranking.settings), held.continuation(drop, ranking.settings.prompt)
-    dense, now = drawing.table_of(ranking, choice, [])
+    dense, now = drawing.table_of(choice, [])
     assert now["name"] == "now: knn (k 3), one-shot"
     assert (now["set"], now["ranked"]) == ("without 1 of 6 attention layers", "ranked on docs")
     assert dense["cells"]["parameters"] == "0.1 M"
@@ -381,20 +392,20 @@ def test_drawings_name_every_number(explorer):
     assert now["cells"]["kl"] == f"{cost.kl.mean:.3f}\u00a0±\u00a0{cost.kl.stderr:.3f}"
     assert drawing.map_of(ranking)["title"] == "entropy increase, knn (k 3) (nats), ranked on docs"
     assert drawing.map_of(ranking)["protected"] == [0, 1, 5]
-    (line,) = drawing.curves_of(ranking, choice, [])["lines"]
+    (line,) = drawing.curves_of(choice, [])["lines"]
     assert [n for n, _ in line["points"]] == [0, 1]  # what was measured, and no more
-    table = view.markdown(ranking, choice)
+    table = view.markdown(choice)
     perplexities = [row["cells"]["perplexity"].replace("\u00a0", " ") for row in (dense, now)]
     more = cost.loss.per_window - held.cost((), ranking.settings).loss.per_window
     assert now["cells"]["loss"] == f"{more.mean():+.2f}\u00a0±\u00a0{more.std(ddof=1) / 2:.2f}"  # of four windows, paired
     assert dense["cells"]["loss"] == "–"
     assert f"| perplexity in windows of up to 64 tokens | {' | '.join(perplexities)} |" in table
     assert "linear repair" not in table  # which was not measured
-    drawn = view.numbers(ranking, choice, []).set_index(["panel", "series", "at"]).value.sort_index()
+    drawn = view.numbers(choice, []).set_index(["panel", "series", "at"]).value.sort_index()
     assert drawn["loss increase", "knn (k 3)", 1] == pytest.approx(more.mean(), abs=1e-5)
     assert list(drawn["entropy", "dense"]) == pytest.approx(list(ranking.curve), abs=1e-5)
     assert len(drawn["score", "knn (k 3)"]) == 18
-    figure = view.picture(ranking, choice, [], "A sentence.")
+    figure = view.picture(choice, [], "A sentence.")
     hatched = [bar for axis in figure.axes for bar in axis.patches if bar.get_hatch()]
     assert [(round(bar.get_x() + 0.5), round(bar.get_y() + 0.5)) for bar in hatched] == [(choice.dropped[0].layer, 0)]
 
@@ -412,15 +423,11 @@ def test_published_lists_are_ghosts_at_their_depth():
 @pytest.fixture(scope="module")
 def answers():
     """Rankings of three settings of one model; the state machine asks nothing else of them."""
-    parts = {kind: [SubBlock(i, kind) for i in range(6)] for kind in ("attention", "mlp", "block")}
-    opened = type("Opened", (), {"sub_blocks": parts, "depth": 6, "name": "tiny"})()
-    rankings = {}
+    opened, rankings = None, {}
     for number, metric in enumerate(("bucket", "knn", "cosine")):
-        order = [SubBlock((i + number) % 3 + 2, "attention") for i in range(3)]
-        rankings[metric] = state.Ranking.__new__(state.Ranking)
-        values = {"settings": Settings(metric=metric), "loaded": opened, "curve": np.arange(13.0), "importance": {}, "order": order}
-        for name, value in values.items():
-            object.__setattr__(rankings[metric], name, value)
+        rankings[metric] = ranked([SubBlock((i + number) % 3 + 2, "attention") for i in range(3)], metric=metric)
+        opened = opened or rankings[metric].loaded
+        rankings[metric].__dict__["loaded"] = opened
     return rankings
 
 
@@ -432,13 +439,13 @@ def played(answers, events) -> Session:
     session, open_questions = Session(Settings()), []
 
     def asked(metric: str) -> None:
-        if (ticket := session.ask(metric=metric)) is not None:
-            open_questions.append((ticket, metric))
+        with suppress(ValueError):  # what cannot be, which changes nothing
+            open_questions.append((session.ask(metric=metric), metric))
 
     asked("bucket")
     session.answer(*(open_questions[0][0], answers["bucket"]))
     for event in events:
-        before = session.shown
+        before = session.choice
         if event.startswith("ask "):
             asked(event.removeprefix("ask "))
             assert session.waiting or event == "ask nonsense"
@@ -449,18 +456,18 @@ def played(answers, events) -> Session:
             newest = ticket == open_questions[-1][0] and session.waiting
             if event.endswith("answer"):
                 assert session.answer(ticket, answers[metric]) == newest
-                assert session.shown is (answers[metric] if newest else before)
+                assert (session.choice.ranking is answers[metric]) if newest else (session.choice is before)
             else:
                 assert session.fail(ticket, "no such text") == newest
-                assert session.shown is before
+                assert session.choice is before
         if not session.waiting:  # nothing is dimmed: fields, drawing, code and card must agree
-            assert session.fields == session.shown.settings
+            assert session.fields == session.choice.settings
         else:
             assert session.fields.metric == open_questions[-1][1]
-        shown, choice = session.shown, session.choice
-        assert choice.order == shown.order
-        assert f"chosen by {shown.settings.measure}, one-shot" in sharing.drop_code(shown.settings, choice)
-        assert ("metric=" in sharing.state_line(shown.settings, choice)) == (shown.settings.metric != "bucket")
+        choice = session.choice
+        measure = choice.ranking.settings.measure
+        assert f"chosen by {measure}, one-shot" in sharing.drop_code(choice)
+        assert ("metric=" in sharing.state_line(choice)) == (choice.ranking.settings.metric != "bucket")
         assert choice.n == 2  # a quarter of 6, which no change forgets
     return session
 
@@ -479,26 +486,28 @@ def test_fields_and_drawings_agree_after_every_sequence_up_to_four(answers):
 
 def test_a_refused_value_changes_nothing_and_says_why(answers):
     session = played(answers, [])
-    assert session.ask(k="abc") is None
-    assert session.error == "k must be a whole number from 1 to 1000, not 'abc'"
+    with pytest.raises(ValueError, match="k must be a whole number from 1 to 1000, not 'abc'"):
+        session.ask(k="abc")
     assert not session.waiting
-    assert session.fields == session.shown.settings
+    assert session.fields == session.choice.settings
 
 
 def test_presets(answers, explorer, ranking):
-    session = played(answers, [])
-    session.answer(session.ask(**session.preset("cosine")), answers["cosine"])
-    assert (session.shown.settings.metric, session.choice.n) == ("cosine", 2)  # 37.5% of 6
-    session.answer(session.ask(**session.preset("random")), answers["cosine"])
-    assert sorted(session.choice.by_hand) == sorted(session.choice.dropped)
-    assert session.choice.described("cosine").startswith("at random (seed")
-    sink = state.sink_of(ranking.loaded, ranking.settings)
+    def chosen(name: str, where: Ranking) -> tuple[dict, Choice]:
+        wanted, start = preset(name, now=Choice(where, 2), seed=5)
+        return wanted, start(where)
+
+    for name, metric in (("paper", "bucket"), ("cosine", "cosine")):
+        wanted, choice = chosen(name, answers[metric])
+        assert (wanted, choice.n, choice.by_hand) == ({"metric": metric, "kind": "attention"}, 2, {})  # 37.5% of 6
+    wanted, choice = chosen("random", answers["cosine"])
+    assert (wanted, choice.n) == ({}, 2)
+    assert sorted(choice.by_hand) == sorted(choice.dropped)
+    assert (choice.made_by, choice.name) == ("at random (seed 5)", "at random (seed 5), 2")
     falls = {s: value for s, value in ranking.importance.items() if s.kind != "block"}
-    assert sink == min(falls, key=falls.__getitem__)
-    session.answer(session.ask(**session.preset("sink", sink)), answers["cosine"])
-    assert session.choice.dropped == [sink]
-    with pytest.raises(ValueError, match="unknown preset 'luck'"):
-        session.preset("luck")
+    assert chosen("sink", ranking)[1].dropped == [min(falls, key=falls.__getitem__)]
+    with pytest.raises(ValueError, match="unknown preset 'luck': choose one of paper, cosine, sink, random"):
+        chosen("luck", ranking)
 
 
 def background():
@@ -599,8 +608,8 @@ def test_the_page_follows_slider_and_clicks(page):
     widget = page.widget
     assert widget.choice["counted"] == "without 2 of 6 attention layers"
     told(page, do="slide", n=3)
-    assert page.session.choice.dropped == page.session.shown.order
-    cost = page.session.shown.loaded.cost(page.session.choice.dropped, page.session.shown.settings)
+    assert page.session.choice.dropped == page.session.choice.ranking.order
+    cost = page.session.choice.ranking.loaded.cost(page.session.choice.dropped, page.session.choice.settings)
     assert cell(widget, "kl").startswith(f"{cost.kl.mean:.3f}")
     told(page, do="mark", sub_blocks=[[0, "attention"]])
     assert (widget.choice["n"], widget.choice["least"], widget.choice["hand"]) == (4, 1, [[0, "attention"]])
@@ -625,7 +634,7 @@ def test_everything_on_the_page_is_measured_in_the_end(page):
     assert all(cell["alone"].endswith(" nats") for cell in cells)
     assert {metric for cell in cells for metric in cell["ranks"]} == {metric.replace("_", " ") for metric in scoring.METRICS}
     assert {"dense", "pruned"} <= widget.said.keys()
-    assert len(widget.reading["tokens"]) == len(page.session.shown.settings.prompt)
+    assert len(widget.reading["tokens"]) == len(page.session.choice.settings.prompt)
     assert widget.status["phase"] == ""
     told(page, do="unpin", number=0)
     assert [row["name"] for row in widget.table][2:] == ["cosine, 2"]
@@ -645,7 +654,7 @@ def test_the_page_says_what_is_wrong_and_its_fields_go_back(page):
 
 
 def test_cancelling_while_it_scores_leaves_what_was(page, monkeypatch):
-    began, settings = threading.Event(), page.session.shown.settings
+    began, settings = threading.Event(), page.session.choice.settings
 
     def endless(*_):
         for _ in progress(iter(int, 1), "scoring"):
@@ -667,7 +676,7 @@ def test_cancelling_while_it_scores_leaves_what_was(page, monkeypatch):
 
 
 def test_another_model_is_kept_only_once_it_is_shown(page, explorer, monkeypatch):
-    first = page.session.shown.loaded
+    first = page.session.choice.ranking.loaded
     monkeypatch.setattr(models.registry, "KNOWN", {})
     monkeypatch.setattr(loaded, "check_model", lambda _: None)
     real = loaded.LoadedModel.scores
@@ -676,7 +685,7 @@ def test_another_model_is_kept_only_once_it_is_shown(page, explorer, monkeypatch
     assert page.widget.status["error"] == "no such text"
     monkeypatch.setattr(loaded.LoadedModel, "scores", real)
     told(page, do="set", kind="mlp")
-    assert page.session.shown.loaded is first
+    assert page.session.choice.ranking.loaded is first
     told(page, do="set", model="another")
     assert [*explorer._loaded] == ["another"]
     assert page.session.pins == []

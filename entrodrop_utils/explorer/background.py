@@ -1,10 +1,9 @@
-"""A thread for slow work, so that the page stays responsive: the newest job replaces the others.
+"""Slow work in a thread, so that the page stays responsive: the newest job replaces the others.
 
 A job that was replaced or cancelled stops at its next step of progress.
 """
 
 import math
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -31,30 +30,26 @@ class Background:
 
     def __init__(self, report: Callable[[str, float | None], None], failed: Callable[[str], None]):
         self._report, self._failed = report, failed
-        self._jobs, self._lock, self._idle = queue.SimpleQueue(), threading.Lock(), threading.Event()
-        self._newest = self._mine = 0
+        self._changed = threading.Condition()
+        self._newest = self._mine = self._done = 0
+        self._job: Callable[[], object] | None = None
         self._last, self._said = 0.0, ""
-        self._idle.set()
         threading.Thread(target=self._run, daemon=True, name="explorer").start()
 
     def do(self, job: Callable[[], object] | None) -> None:
         """Run this as soon as what is running now has been stopped, which is at its next step; None ends the thread."""
-        with self._lock:
-            self._newest += 1
-            self._idle.clear()
-            self._jobs.put((self._newest, job))
+        with self._changed:
+            self._newest, self._job = self._newest + 1, job
+            self._changed.notify_all()
 
     def cancel(self) -> None:
         """Stop what is running and forget what is waiting."""
         self.do(lambda: None)
 
-    def close(self) -> None:
-        """Stop for good."""
-        self.do(None)
-
     def wait(self, seconds: float | int) -> bool:
         """Whether all work is done within so many seconds."""
-        return self._idle.wait(seconds)
+        with self._changed:
+            return self._changed.wait_for(lambda: self._done == self._newest, seconds)
 
     def _listen(self, what: str, done: int, total: int | None) -> None:
         if self._newest != self._mine:
@@ -66,40 +61,41 @@ class Background:
     def _run(self) -> None:
         LISTENER.set(self._listen)  # of this thread only
         while True:
-            self._mine, job = self._jobs.get()
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest != self._mine)
+                self._mine, job = self._newest, self._job
             if job is None:
                 return
-            if self._mine != self._newest:
-                continue
             try:
                 job()
             except Cancelled:
-                pass
+                continue
             except Exception as error:
                 self._failed(sentence(error))
             if self._mine == self._newest:
                 self._report("", None)
-            with self._lock:
-                if self._mine == self._newest:
-                    self._idle.set()
+            with self._changed:
+                self._done = self._mine
+                self._changed.notify_all()
 
 
 class Cells:
     """The cells of the notebook, which somebody waits for: work that nobody waits for lets them go first."""
 
     def __init__(self):
-        self._busy_until = 0.0
         self._events = {"pre_run_cell": self._begin, "post_run_cell": self._end}
-        if shell := get_ipython():
-            self._begin()  # the cell that this is made in
-            for name, heard in self._events.items():
-                shell.events.register(name, heard)
+        self._busy_until = math.inf if get_ipython() else 0.0  # the cell that this is made in
+        self._each("register")
 
     def _begin(self, *_: object) -> None:
         self._busy_until = math.inf
 
     def _end(self, *_: object) -> None:
         self._busy_until = time.monotonic() + QUIET
+
+    def _each(self, what: str) -> None:
+        for name, heard in self._events.items() if get_ipython() else ():
+            getattr(get_ipython().events, what)(name, heard)
 
     def wait(self) -> None:
         """Until no cell runs, in steps of progress."""
@@ -109,14 +105,11 @@ class Cells:
 
     def close(self) -> None:
         """Listen no more."""
-        if shell := get_ipython():
-            for name, heard in self._events.items():
-                shell.events.unregister(name, heard)
+        self._each("unregister")
 
 
 def sentence(error: Exception) -> str:
     """An error as one sentence for a person: its message, and its kind where the message alone says too little."""
     said = " ".join(str(error).split())
-    return (
-        said if isinstance(error, (ValueError, RuntimeError, OSError)) and said else f"{type(error).__name__}: {said}".rstrip(": ")
-    )
+    plain = said and isinstance(error, (ValueError, RuntimeError, OSError))
+    return said if plain else f"{type(error).__name__}: {said}".rstrip(": ")

@@ -16,17 +16,16 @@ from torch import Tensor
 from .. import text
 from ..cached_scoring import cached_score, entropy_curve
 from ..dropping import dropped
-from ..evaluation import Estimate, IncrementalLosses, perplexity
+from ..evaluation import CachedLosses, Cost, Estimate, perplexity
 from ..generation import ModelSize, Reading, continue_text, decoding_rate, model_size, read_text
 from ..layerwise import DropSet
 from ..models import check_model, load_model
-from ..profile import DEFAULT_TEXT
 from ..progress import report_step
 from ..repairing import repair
 from ..residual import KINDS, SubBlock, find
 from ..selection import PUBLISHED_PROTECTED, matched_draws, one_shot, protected_layers
 from ..statistics import Interval, share_interval
-from .settings import PROMPT, Settings
+from .settings import Settings
 
 NEW_TOKENS = 24  # of generated text
 DRAWS = 20  # random choices of one size that a choice is compared with
@@ -34,19 +33,19 @@ MAX_STATES = 256 << 20  # bytes of states inside pruned models that are kept for
 NOTHING = Estimate(math.nan, math.nan, np.empty(0))  # what cannot be measured
 # What a result depends on, where that is less than its arguments
 KEYS: dict[str, Callable[..., object]] = {
-    "cost": lambda drop, settings: (drop, settings.source),
+    "cost": lambda drop, settings: (drop, settings.evaluation_text),
     "curve": lambda drop, settings: (drop, settings.scored_by(settings.entropy)),
-    "ranks": lambda settings, metric: settings.scored_by(metric),
-    "scores": lambda settings, metrics: tuple(map(settings.scored_by, metrics)),
-    "repaired": lambda drop, settings, made: (drop, made.calibration_key, settings.source),
+    "scores": lambda settings, metric: settings.scored_by(metric),
+    "repaired": lambda drop, settings, made: (drop, made.calibration_text, settings.evaluation_text),
 }
 
 
-class Cost(NamedTuple):
-    """The cost of a selection on evaluation text."""
+class Scores(NamedTuple):
+    """One metric of every sub-block: the table of ``score``, its means, and the places among those of a kind, 1 the least."""
 
-    loss: Estimate
-    kl: Estimate
+    table: pd.DataFrame
+    mean: dict[SubBlock, float]
+    rank: dict[SubBlock, int]
 
 
 def _key(what: str, arguments: Sequence) -> tuple:
@@ -92,11 +91,13 @@ class LoadedModel:
             )
         self.sub_blocks = {kind: find(self.model, kind) for kind in KINDS}
         self.depth = len(self.sub_blocks["block"])
+        self.protected = protected_layers(PUBLISHED_PROTECTED, self.depth)
         self._model_lock, self._queue = threading.Lock(), threading.Lock()
-        self._losses: dict[str, IncrementalLosses] = {}  # by evaluation text
         self._results: dict[tuple, object] = {}
-        protected = protected_layers(PUBLISHED_PROTECTED, self.depth)
-        pools = {kind: [s for s in self.sub_blocks[kind] if s.layer not in protected] for kind in KINDS}
+        # Of the evaluation texts the last two stay: their states take much memory
+        windows = functools.partial(self._windows, part="evaluation")
+        self._losses = functools.lru_cache(2)(lambda source: CachedLosses(self.model, windows(source), MAX_STATES))
+        pools = {kind: [s for s in self.sub_blocks[kind] if s.layer not in self.protected] for kind in KINDS}
         self._sets = functools.cache(lambda *counts: matched_draws(dict(zip(KINDS, counts, strict=True)), pools, DRAWS, seed))
 
     @contextmanager
@@ -113,64 +114,47 @@ class LoadedModel:
         """The result of the method ``what`` with these arguments; None while there is none."""
         return self._results.get(_key(what, arguments))
 
-    # --- text
-
     def calibration(self, settings: Settings) -> Int[Tensor, "sequence token"]:
         """The windows that sub-blocks are ranked on."""
-        return self._windows(settings, "ranking", settings.text, "calibration")
+        return self._windows(settings.calibration_text, "calibration")
 
     def evaluation(self, settings: Settings) -> Int[Tensor, "sequence token"]:
         """The windows that a cost is measured on."""
-        return self._windows(settings, "evaluation", DEFAULT_TEXT, "evaluation")
+        return self._windows(settings.evaluation_text, "evaluation")
 
-    def _windows(self, settings: Settings, role: str, source: str, part: str) -> Int[Tensor, "sequence token"]:
-        if settings.role == role:
-            return text.pasted_windows(settings.pasted, self.tokenizer, self.n_sequences, self.n_tokens)
-        return text.windows(source, part, self.tokenizer, self.n_sequences, self.n_tokens, self.seed)
-
-    # --- ranking
-
-    @computed_once
-    def scores(self, settings: Settings, metrics: Sequence[str]) -> pd.DataFrame:
-        """These metrics, as they are set, of every sub-block; those measured before come from the cache on disk."""
-        return cached_score(self.model, self.calibration(settings), {name: settings.configured(name) for name in metrics})
+    def _windows(self, source: tuple[str, str], part: str) -> Int[Tensor, "sequence token"]:
+        named, pasted = source
+        if not named:
+            return text.pasted_windows(pasted, self.tokenizer, self.n_sequences, self.n_tokens)
+        return text.windows(named, part, self.tokenizer, self.n_sequences, self.n_tokens, self.seed)
 
     @computed_once
-    def ranks(self, settings: Settings, metric: str) -> dict[SubBlock, int]:
-        """The place of every sub-block among those of its kind, 1 for the most redundant, by a metric as it is set."""
-        scores = cached_score(self.model, self.calibration(settings), {metric: settings.configured(metric)})
-        return {s: rank for kind in KINDS for rank, s in enumerate(one_shot(scores, metric, kind, protected=()), start=1)}
+    def scores(self, settings: Settings, metric: str) -> Scores:
+        """A metric, as it is set, of every sub-block; what was measured before comes from the cache on disk."""
+        table = cached_score(self.model, self.calibration(settings), {metric: settings.configured(metric)})
+        mean = {SubBlock(int(layer), kind): value for (kind, layer), value in table.groupby(["kind", "layer"]).value.mean().items()}
+        orders = [one_shot(table, metric, kind, protected=()) for kind in KINDS if self.sub_blocks[kind]]
+        return Scores(table, mean, {s: place for order in orders for place, s in enumerate(order, start=1)})
 
     @computed_once
     def curve(self, drop: Sequence[SubBlock], settings: Settings) -> Float[np.ndarray, "endpoint"]:
         """Mean entropy at each of the 2 L + 1 endpoints, nats; a dropped sub-block passes the stream unchanged."""
         return entropy_curve(self.model, self.calibration(settings), settings.configured(settings.entropy), drop)
 
-    # --- cost
-
     @computed_once
     def cost(self, drop: Sequence[SubBlock], settings: Settings) -> Cost:
         """Loss and divergence from the dense model on the evaluation text."""
-        if settings.source not in self._losses:
-            if old := [source for source in self._losses if source]:  # of the texts, only the default and the newest stay
-                self._losses.pop(old[0]).keep()
-            self._losses[settings.source] = IncrementalLosses(self.model, self.evaluation(settings), MAX_STATES)
-        return Cost(*self._losses[settings.source](drop))
+        return self._losses(settings.evaluation_text)(drop)
 
     def increase(self, drop: Sequence[SubBlock], settings: Settings) -> Estimate | None:
         """How much more loss than the dense model, window by window, where both were measured."""
         dense, cost = self.known("cost", (), settings), self.known("cost", drop, settings)
-        return Estimate.of(cost.loss.per_window - dense.loss.per_window) if cost and dense else None
-
-    def keep(self) -> None:
-        """Write the costs that are new since the last call to the cache on disk."""
-        for losses in list(self._losses.values()):
-            losses.keep()
+        return cost.loss - dense.loss if cost and dense else None
 
     def draws(self, drop: Sequence[SubBlock]) -> list[DropSet]:
         """Random choices of as many sub-blocks of the same kinds, from the layers that are not protected."""
         kinds = [kind for _, kind in drop]
-        return self._sets(*(kinds.count(kind) for kind in KINDS))
+        return self._sets(*map(kinds.count, KINDS))
 
     def random_increases(self, drop: Sequence[SubBlock], settings: Settings) -> list[float]:
         """The loss increases of the random choices of this size that were measured; none before the fifth."""
@@ -192,23 +176,17 @@ class LoadedModel:
     def speed(self, drop: Sequence[SubBlock]) -> float:
         """Tokens per second of greedy generation."""
         with dropped(self.model, drop) as model:
-            return decoding_rate(model, self.tokenizer, PROMPT)
+            return decoding_rate(model, self.tokenizer, Settings.prompt)
 
     @computed_once
     def repaired(self, drop: Sequence[SubBlock], settings: Settings, made: Settings) -> Estimate:
-        """Loss on the evaluation text with a linear repair; nan where there is none, as for whole blocks.
-
-        Args:
-            made: the settings that the selection was made under; the repair is fitted on their calibration text.
-        """
+        """Loss with a linear repair, fitted on the calibration text of ``made``; ``NOTHING`` where there is none, as for blocks."""
         if drop and not any(s.kind == "block" for s in drop):
             with suppress(ValueError):  # a text of too few windows
                 maps = repair(self.model, drop, self.calibration(made))
                 with dropped(self.model, drop, maps) as model:
                     return perplexity(model, self.evaluation(settings))
         return NOTHING
-
-    # --- text that is generated and read
 
     @computed_once
     def continuation(self, drop: Sequence[SubBlock], prompt: str, hear: Callable[[str], None] = lambda _: None) -> str:

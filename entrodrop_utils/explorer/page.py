@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from ..progress import HEADLESS
 from ..residual import KINDS, SubBlock
 from . import drawing, sharing
 from .background import Background, Cells, sentence
-from .choice import Choice
+from .choice import Choice, Ranking, preset
 from .settings import OPTIONS, ROLES
-from .state import Explorer, Pin, Ranking, Session, sink_of
+from .state import Explorer, Session
 
 HERE = Path(__file__).parent
 OFFERED = [name for name, model in KNOWN.items() if "encoder" not in model["about"]]  # those that predict a next token
 CHOOSING = ("slide", "mark", "follow", "pin", "unpin")  # what changes the selection or the table: methods of Session
+Step = Callable[[], object]
 
 
 class ExplorerWidget(anywidget.AnyWidget):
@@ -46,9 +47,13 @@ class ExplorerWidget(anywidget.AnyWidget):
 
 
 class Page:
-    """One explorer with its widget. A move is drawn at once, its cost when it has been measured."""
+    """One explorer with its widget. A move is drawn at once, its cost when it has been measured.
 
-    def __init__(self, explorer: Explorer, n: int | None = None, by_hand: dict[SubBlock, bool] | None = None):
+    Args:
+        start: the first choice in the ranking by the explorer's settings.
+    """
+
+    def __init__(self, explorer: Explorer, start: Callable[[Ranking], Choice] = Choice):
         self.explorer, self.session = explorer, Session(explorer.settings)
         self._drawing = threading.RLock()
         self._phase, self._step, self._share, self._described, self._heard = "", ("", None), {}, {}, 0
@@ -67,41 +72,37 @@ class Page:
             }
         )
         self.widget.on_msg(lambda _, content, __: self.receive(content))
-        self.cells = Cells()
-        self.background = Background(self._progress, lambda error: self._failed(None, error))
-        wish = ({} if n is None else {"n": n}) | ({"by_hand": by_hand} if by_hand else {})
-        self._ask(wish=wish)
+        self.cells, self.background = Cells(), Background(self._progress, partial(self._failed, None))
+        self._ask(start)
 
     # --- what a person does
 
     def receive(self, message: dict) -> None:
         """A message of the browser: ``do`` names what, the rest are its arguments."""
         arguments = {name: value for name, value in message.items() if name != "do"}
+        actions = {"set": self._ask, "cancel": self._cancel, "preset": self._preset, "about": self._about, "save": self._save}
         self._heard += 1
         try:
             if message["do"] in CHOOSING:
                 getattr(self.session, message["do"])(**arguments)
                 self._chose()
             else:
-                ask = {"set": self._ask, "cancel": self._cancel, "preset": self._preset, "about": self._about, "save": self._save}
-                ask[message["do"]](**arguments)
+                actions[message["do"]](**arguments)
         except Exception as error:
             self._failed(None, sentence(error))
 
-    def _ask(self, wish: dict | None = None, **wanted: object) -> None:
-        ticket = self.session.ask(wish, **wanted)
-        if ticket is None:
-            self._draw()
-            return
-        settings = self.session.fields
+    def _ask(self, start: Callable[[Ranking], Choice] | None = None, **wanted: object) -> None:
+        """Score with changed settings, and begin with a choice in the new ranking."""
+        ticket, settings = self.session.ask(**wanted), self.session.fields
 
         def job() -> None:
             try:
                 ranking = self.explorer.use(settings)
+                answered = self.session.answer(ticket, ranking, start and start(ranking))
             except Exception as error:
                 self._failed(ticket, sentence(error))
             else:
-                if self.session.answer(ticket, ranking):
+                if answered:
                     self.explorer.keep_only(ranking.loaded)
                     self._share = {}
                     self._measure()
@@ -115,108 +116,90 @@ class Page:
         self._draw()
 
     def _preset(self, name: str) -> None:
-        if not (shown := self.session.shown):
-            return
-        if name == "sink":  # its layer follows from a curve that may have to be measured
-
-            def find_sink() -> None:
-                self._ask(**self.session.preset("sink", sink_of(shown.loaded, shown.settings)))
-
-            self.session.cancel()
-            self._work(find_sink, "scoring")
-        else:
-            self._ask(**self.session.preset(name))
+        if self.session.choice:
+            wanted, start = preset(name, self.session.choice, seed=self._heard)
+            self._ask(start, **wanted)
 
     def _about(self, model: str) -> None:
         self._described = {"model": model, "about": opening_cost(model)}
         self._draw_status()
 
     def _save(self, path: str, runtime: str = "", repaired: bool = False) -> None:
-        ranking, choice = self.session.shown, self._chosen()
+        choice = self.session.choice
+        if self.session.waiting or choice is None:
+            raise ValueError("wait for the new scores, or cancel them, before saving")
 
         def job() -> None:
             try:
-                saved = sharing.save(ranking, choice, path, repaired, runtime)
+                saved = sharing.save(choice, path, repaired, runtime)
                 self._share = {"saved": str(saved) if runtime else f"Saved. load_pruned({str(saved)!r}) reads it."}
             except Exception as error:
                 self._share = {"failed": sentence(error)}
             self._measure()
 
-        if self.session.waiting or ranking is None:
-            raise ValueError("wait for the new scores, or cancel them, before saving")
         self._share = {}
         self._work(job, "saving")
 
     # --- work in the background
 
-    def _work(self, job: Callable[[], None], phase: str) -> None:
+    def _work(self, job: Step, phase: str) -> None:
         self._phase, self._step = phase, ("", None)
         self._draw()
         self.background.do(job)
 
     def _chose(self) -> None:
-        """Measure a new selection; one that is made while an answer is awaited is measured after that."""
+        """Measure a new choice; one that is made while an answer is awaited is measured after that."""
         if self.session.waiting:
             self._draw()
         else:
             self._work(self._measure, "measuring")
 
-    def _chosen(self) -> Choice:
-        """The selection as it is now; a later move does not change it."""
-        with self.session.lock:
-            now = self.session.choice
-            return Choice(now.order, now.n, now.by_hand, now.attention, now.origin)
-
     def _measure(self) -> None:
-        """The selection first, each number drawn when it is there; then what a person may ask for next, as long as nobody asks."""
-        ranking, choice, pins = self.session.shown, self._chosen(), list(self.session.pins)
-        if ranking is None:
+        """The choice first, each number drawn when it is there; then what a person may ask for next, as long as nobody asks."""
+        choice, pins = self.session.choice, self.session.pins
+        if choice is None:
             return
         self._phase = "measuring"
         self._draw()
-        try:
-            for step in self._now(ranking, choice, pins):
+        for step in self._now(choice, pins):
+            step()
+            self._draw()
+        self._phase = "ahead"
+        for number, step in enumerate(self._ahead(choice, pins)):
+            self.cells.wait()
+            with suppress(ValueError):  # what cannot be measured, as knn with a k that does not fit the windows
                 step()
+            if number % 4 == 3:
                 self._draw()
-            self._phase = "ahead"
-            for number, step in enumerate(self._ahead(ranking, choice, pins)):
-                self.cells.wait()
-                with suppress(ValueError):  # what cannot be measured, as knn with a k that does not fit the windows
-                    step()
-                if number % 4 == 3:
-                    self._draw()
-        finally:
-            ranking.loaded.keep()
 
-    def _now(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
-        """What the page shows of the selection and of the pinned ones."""
-        loaded, settings, drop = ranking.loaded, ranking.settings, choice.dropped
-        said = settings.pasted.strip() or settings.prompt
-        for chosen in ((), drop, *(pin.drop for pin in pins)):
+    def _now(self, choice: Choice, pins: Sequence[Choice]) -> Iterator[Step]:
+        """What the page shows of the choice and of the pinned ones."""
+        loaded, settings, drop = choice.ranking.loaded, choice.settings, choice.dropped
+        for chosen in ((), drop, *(pin.dropped for pin in pins)):
             yield partial(loaded.cost, chosen, settings)
             yield partial(loaded.size, chosen)
         yield partial(loaded.curve, drop, settings)
         for chosen in ((), drop):
-            yield partial(loaded.reading, chosen, said)
+            yield partial(loaded.reading, chosen, settings.pasted.strip() or settings.prompt)
         for name, chosen in (("dense", ()), ("pruned", drop)) if settings.prompt.strip() else ():
             yield partial(loaded.continuation, chosen, settings.prompt, hear=partial(self._hear, name))
         for pin in pins:
-            yield partial(loaded.repaired, pin.drop, settings, pin.settings)
+            yield partial(loaded.repaired, pin.dropped, settings, pin.settings)
 
-    def _ahead(self, ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> Iterator[Callable[[], object]]:
+    def _ahead(self, choice: Choice, pins: Sequence[Choice]) -> Iterator[Step]:
         """Speeds, and what moves to come will ask for: neighbouring counts, random choices, other metrics, single drops."""
-        loaded, settings, (low, high), n = ranking.loaded, ranking.settings, choice.limits, choice.n
-        sets = [choice.dropped, *(pin.drop for pin in pins)]
+        ranking, loaded, settings, (low, high) = choice.ranking, choice.ranking.loaded, choice.settings, choice.limits
+        sets = [choice.dropped, *(pin.dropped for pin in pins)]
         for drop in ((), *sets):
             yield partial(loaded.speed, drop)
-        near = [choice.at(count) for count in sorted(range(low, high + 1), key=lambda count: abs(count - n))]
+        near = [choice.at(n) for n in sorted(range(low, high + 1), key=lambda n: abs(n - choice.n))]
         drops = [*near[:7], *(draw for drop in sets for draw in loaded.draws(drop)), *near[7:]]
-        drops += [pin.order[:count] for pin in pins for count in range(len(pin.order) + 1)]
+        drops += [pin.ranking.order[:n] for pin in pins if not pin.by_hand for n in range(len(pin.ranking.order) + 1)]
         drops += [[s] for kind in sorted(KINDS, key=lambda kind: kind != settings.kind) for s in loaded.sub_blocks[kind]]
-        drops += [draw for count in drawing.random_counts(ranking) for draw in loaded.draws(ranking.order[:count])[:10]]
+        drops += [draw for n in drawing.random_counts(ranking) for draw in loaded.draws(ranking.order[:n])[:10]]
         yield from (partial(loaded.cost, drop, settings) for drop in drops[:7])
         for metric in scoring.METRICS:
-            yield partial(loaded.ranks, settings, metric)
+            yield partial(loaded.scores, settings, metric)
         yield partial(loaded.repaired, choice.dropped, settings, settings)
         yield from (partial(loaded.cost, drop, settings) for drop in drops[7:])
 
@@ -225,11 +208,11 @@ class Page:
 
     def _progress(self, what: str, fraction: float | None) -> None:
         self._step = (what, fraction)
-        if not what:
+        if what:
+            self._draw_status()
+        else:
             self._phase = ""
             self._draw()
-        else:
-            self._draw_status()
 
     def _failed(self, ticket: int | None, error: str) -> None:
         if self.session.fail(ticket, error):
@@ -252,31 +235,31 @@ class Page:
     def _draw(self) -> None:
         """All traits from the session; ipywidgets sends those that changed."""
         with self._drawing, self.session.lock, self.widget.hold_sync():
-            session, widget, shown = self.session, self.widget, self.session.shown
-            widget.fields = asdict(session.fields) | {"options": session.fields.options()}
+            fields, choice, pins = self.session.fields, self.session.choice, self.session.pins
+            self.widget.fields = asdict(fields) | {"options": fields.options()}
             self._draw_status()
-            if shown is None:
+            if choice is None:
                 return
-            choice, pins, settings = session.choice, session.pins, shown.settings
-            widget.map = drawing.map_of(shown)
-            widget.choice = drawing.choice_of(shown, choice)
-            widget.curves = drawing.curves_of(shown, choice, pins)
-            widget.table = drawing.table_of(shown, choice, pins)
-            widget.reading = drawing.reading_of(shown, choice)
-            told = {"dense": shown.loaded.known("continuation", (), settings.prompt)}
-            told["pruned"] = shown.loaded.known("continuation", choice.dropped, settings.prompt)
-            widget.said = {"prompt": settings.prompt, **{n: t for n, t in told.items() if t is not None}}
-            widget.share = self._share | {
-                "line": sharing.state_line(settings, choice),
-                "code": sharing.drop_code(settings, choice),
-                "folder": sharing.folder_name(shown, choice),
-                "model": settings.model,
+            prompt, loaded = choice.settings.prompt, choice.ranking.loaded
+            drops = {"dense": (), "pruned": choice.dropped}
+            told = {name: loaded.known("continuation", drop, prompt) for name, drop in drops.items()}
+            self.widget.map = drawing.map_of(choice.ranking)
+            self.widget.choice = drawing.choice_of(choice)
+            self.widget.curves = drawing.curves_of(choice, pins)
+            self.widget.table = drawing.table_of(choice, pins)
+            self.widget.reading = drawing.reading_of(choice)
+            self.widget.said = {"prompt": prompt, **{name: said for name, said in told.items() if said is not None}}
+            self.widget.share = self._share | {
+                "line": sharing.state_line(choice),
+                "code": sharing.drop_code(choice),
+                "folder": sharing.folder_name(choice),
+                "model": choice.settings.model,
             }
 
     def close(self) -> None:
         """End the background thread and let the model go."""
         self.cells.close()
-        self.background.close()
+        self.background.do(None)
 
 
 _shown: list[Page] = []
@@ -294,7 +277,7 @@ def show_explorer(explorer: Explorer, n: int | None = None, by_hand: dict[SubBlo
     while _shown:
         _shown.pop().close()
     if not os.environ.get(HEADLESS):
-        _shown.append(Page(explorer, n, by_hand))
+        _shown.append(Page(explorer, partial(Choice, n=n, by_hand=by_hand or {})))
         display(_shown[0].widget)
 
 
@@ -311,7 +294,7 @@ def explore(
         ValueError: a setting that cannot be; TypeError one that does not exist.
     """
     explorer = Explorer(Profile(model=model))
-    explorer.settings = replace(explorer.settings.changed(**settings), model=model)
+    explorer.settings = explorer.settings.changed(**settings)
     by_hand = {SubBlock(*s): gone for some, gone in ((drop, True), (keep, False)) for s in some}
     show_explorer(explorer, n, by_hand)
     return explorer

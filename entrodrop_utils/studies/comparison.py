@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..claims import COLUMNS, HELD_OUT, claim, claim_row, published_figures
+from ..claims import COLUMNS, HELD_OUT, claim, claim_row, published_lists
 from ..entropy import ESTIMATORS
 from ..figures import COLOURS, GREY, barcode, headed_panels
 from ..layerwise import DropSet
@@ -154,11 +154,8 @@ def dropped_layers(pruning: pd.DataFrame, n: int, depth: int) -> pd.DataFrame:
         for method in DRAWN
         for dropped in rows[is_method(rows, [method])].dropped
     ]
-    lists = published_figures("others")
-    lists = lists[(lists.unit == "attention") & lists.metric.isin(["first dropped first", "layers"])]
-    published = [
-        (f"{row.method}, {row.model.partition(' (')[0]}", "published", int(row.n_total), row.value) for row in lists.itertuples()
-    ]
+    lists = published_lists().query("unit == 'attention'").itertuples()
+    published = [(f"{row.method}, {row.model.partition(' (')[0]}", "published", row.n_total, row.value) for row in lists]
     table = pd.DataFrame([*ours, *published], columns=["name", "metric", "n_layers", "layers"])
     means = [np.mean([(int(layer) + 0.5) / row.n_layers for layer in row.layers.split()]) for row in table.itertuples()]
     return table.assign(depth=means)

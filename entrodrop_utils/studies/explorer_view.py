@@ -15,30 +15,29 @@ from matplotlib.patches import Rectangle
 from .. import figures
 from ..explorer import drawing
 from ..explorer.choice import Choice
-from ..explorer.state import Pin, Ranking
-from ..residual import KINDS, SubBlock
+from ..residual import KINDS
 
 DASHES = ("-", "--", ":", "-.")
 LONGEST = 40  # letters of a word in a cell that stay together
 SCORES = LinearSegmentedColormap.from_list("scores", (figures.COLOURS["renyi"], "white", figures.COLOURS["bucket"]))
 
 
-def picture(ranking: Ranking, choice: Choice, pins: Sequence[Pin], title: str) -> Figure:
+def picture(choice: Choice, pins: Sequence[Choice], title: str) -> Figure:
     """The map, the entropy curve of the dense and the pruned model, and what was measured of the cost."""
     matplotlib.style.use(figures.STYLE)
     figure = Figure(figsize=(figures.WIDTH, 5.2))
     figures.title_sentence(figure, title)
     axes = figure.subplot_mosaic([["map", "map"], ["entropy", "cost"]], height_ratios=(2, 3))
-    sub_block_map(axes["map"], ranking, choice)
-    curves = drawing.curves_of(ranking, choice, pins)
+    sub_block_map(axes["map"], choice)
+    curves = drawing.curves_of(choice, pins)
     entropy_curves(axes["entropy"], curves)
     cost_curves(axes["cost"], curves, choice)
     return figure
 
 
-def sub_block_map(axis: Axes, ranking: Ranking, choice: Choice) -> None:
+def sub_block_map(axis: Axes, choice: Choice) -> None:
     """Every sub-block in the colour of its score; dropped ones hatched, protected layers marked."""
-    data = drawing.map_of(ranking)
+    data = drawing.map_of(choice.ranking)
     shades = np.array([[cell["shade"] for cell in data["rows"][kind]] for kind in KINDS])
     axis.imshow(shades, cmap=SCORES, vmin=-1.1, vmax=1.1, aspect="auto")
     for layer, kind in choice.dropped:
@@ -85,34 +84,31 @@ def cost_curves(axis: Axes, curves: dict, choice: Choice) -> None:
     figures.label_ends(axis)
 
 
-def numbers(ranking: Ranking, choice: Choice, pins: Sequence[Pin]) -> pd.DataFrame:
+def numbers(choice: Choice, pins: Sequence[Choice]) -> pd.DataFrame:
     """What ``picture`` draws: panel, series, kind, at (a layer, the layers passed, or the number dropped) and value."""
-    curves, kind = drawing.curves_of(ranking, choice, pins), ranking.settings.kind
-    rows = [("score", ranking.settings.measure, s.kind, s.layer, value) for s, value in ranking.importance.items()]
+    curves, settings = drawing.curves_of(choice, pins), choice.settings
+    rows = [("score", settings.measure, s.kind, s.layer, value) for s, value in choice.ranking.importance.items()]
     for name in ("dense", "pruned"):
         rows += [("entropy", name, "", i / 2, value) for i, value in enumerate(curves[name] or ())]
     for line in curves["lines"]:
-        rows += [("loss increase", line["name"], kind, n, value) for n, value in line["points"]]
+        rows += [("loss increase", line["name"], settings.kind, n, value) for n, value in line["points"]]
     for n, *values, _ in curves["random"]:
         names = ("random, least", "random, median", "random, greatest")
-        rows += [("loss increase", name, kind, n, value) for name, value in zip(names, values, strict=True)]
+        rows += [("loss increase", name, settings.kind, n, value) for name, value in zip(names, values, strict=True)]
     return pd.DataFrame(rows, columns=["panel", "series", "kind", "at", "value"])
 
 
-def markdown(ranking: Ranking, choice: Choice, pins: Sequence[Pin] = ()) -> str:
+def markdown(choice: Choice, pins: Sequence[Choice] = ()) -> str:
     """The table of the page in Markdown: a column for the dense model, the selection and each pinned one."""
-    rows = drawing.table_of(ranking, choice, pins)
+    rows, loaded, prompt = drawing.table_of(choice, pins), choice.ranking.loaded, choice.settings.prompt
     names = [_cell(row["name"].removeprefix("now: ")) + (f"<br>{row['set']}" if row["ranked"] else "") for row in rows]
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(rows)}"]
-    for column, label in drawing.columns(ranking.loaded.n_tokens).items():
+    for column, label in drawing.columns(loaded.n_tokens).items():
         if any(row["cells"][column] not in (None, "–") for row in rows):
             lines.append(f"| {label} | {' | '.join(_cell(row['cells'][column] or 'not measured') for row in rows)} |")
-    told = [
-        ranking.loaded.known("continuation", drop, ranking.settings.prompt)
-        for drop in ((), choice.dropped, *(p.drop for p in pins))
-    ]
+    told = [loaded.known("continuation", drop, prompt) for drop in ((), choice.dropped, *(pin.dropped for pin in pins))]
     if any(told):
-        lines.append(f"| after “{_cell(ranking.settings.prompt)}” | {' | '.join(_cell(text or '') for text in told)} |")
+        lines.append(f"| after “{_cell(prompt)}” | {' | '.join(_cell(text or '') for text in told)} |")
     return "\n".join(lines)
 
 
@@ -120,9 +116,3 @@ def _cell(text: str) -> str:
     """Text that breaks no table: a long word, which a pruned model may write, can be broken over lines."""
     words = ("<wbr>".join(html.escape(part) for part in textwrap.wrap(word, LONGEST)) for word in text.split())
     return " ".join(words).replace("|", "&#124;")
-
-
-def order_of(ranking: Ranking, metric: str) -> list[SubBlock]:
-    """The sub-blocks that may be dropped in the order of another metric as it is set."""
-    ranks = ranking.loaded.ranks(ranking.settings, metric)
-    return sorted(ranking.order, key=ranks.__getitem__)

@@ -39,7 +39,7 @@ def explorer(page, lab, copied, took):
     page.set_default_timeout(600_000)
     panel = opened(page, lab, copied("11_explorer.ipynb"))
     start = time.monotonic()
-    run_all(page, panel)
+    run_all(page)
     shown = panel.locator(".ed")
     shown.locator(".ed-cell").first.wait_for()
     took["first view after Run All"] = [time.monotonic() - start]

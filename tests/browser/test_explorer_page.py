@@ -4,12 +4,13 @@ import re
 import shutil
 
 import pytest
-import tiny_gguf
 from test_lab import opened, run_all
 from tiny_page import LAYERS, write_model, write_notebook
 
 from entrodrop_utils.explorer.page import ExplorerWidget, Page
 from entrodrop_utils.explorer.state import Explorer
+from entrodrop_utils.export import gguf
+from entrodrop_utils.models import load_model
 from entrodrop_utils.paths import BUILD, MODELS, PACKAGE, ROOT
 from entrodrop_utils.profile import Profile
 
@@ -29,7 +30,7 @@ def explorer(page, lab, copied, tiny):
     write_notebook(path, tiny)
     page.set_default_timeout(SLOW)
     panel = opened(page, lab, str(path.relative_to(ROOT)))
-    run_all(page, panel)
+    run_all(page)
     shown = panel.locator(".ed")
     shown.locator(".ed-cell").first.wait_for()
     settle(page, shown)
@@ -259,24 +260,28 @@ def test_a_second_browser_shows_the_same_kernel(browser, page, explorer):
         other.context.close()
 
 
-def test_a_gguf_file_is_opened(page, explorer, tmp_path, screenshots, monkeypatch):
-    monkeypatch.setattr(tiny_gguf, "LAYERS", 6)
-    file, before = tmp_path / "opened.gguf", set(MODELS.glob("opened-*"))
-    tiny_gguf.write(file)
+def test_a_gguf_file_that_export_wrote_is_opened(page, explorer, tiny, tmp_path, screenshots):
+    """Loss, divergence, perplexity and parameters are those of the model that was exported."""
+    numbers = [explorer.locator(".ed-table tbody tr").nth(row).locator("td").all_inner_texts() for row in (0, 1)]
+    network, tokenizer = load_model(str(tiny))
+    file, before = gguf(network, tmp_path / "opened.gguf", tokenizer, dtype="f32").path, set(MODELS.glob("*opened-*"))
     model = explorer.locator("[data-setting=model]")
     model.fill(str(file))
     explorer.locator(".ed-note", has_text="a GGUF file, converted once").wait_for()
     explorer.get_by_role("button", name="Open", exact=True).click()
     try:
-        counted(explorer, rf"\d+ of {tiny_gguf.LAYERS} attention layers")
+        explorer.locator(".ed-line", has_text=str(file)).wait_for()
         settle(page, explorer)
         assert not explorer.get_by_role("alert").count()  # a hidden one has no role
         assert model.input_value() == str(file)
-        assert str(file) in explorer.locator(".ed-line").inner_text()
+        for row, expected in enumerate(numbers):
+            shown = explorer.locator(".ed-table tbody tr").nth(row).locator("td").all_inner_texts()
+            assert [shown[i] for i in (0, 1, 2, 4)] == [expected[i] for i in (0, 1, 2, 4)]
+            assert re.search(r"\d", shown[2])
         page.screenshot(path=screenshots / "explorer-gguf.png")
     finally:
-        for folder in set(MODELS.glob("opened-*")) - before:
-            shutil.rmtree(folder)
+        for left in set(MODELS.glob("*opened-*")) - before:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def test_any_host_of_anywidgets_can_show_it(page, tiny, screenshots):
@@ -287,7 +292,8 @@ def test_any_host_of_anywidgets_can_show_it(page, tiny, screenshots):
     own.close()
     page.set_viewport_size({"width": 900, "height": 768})
     page.set_content(
-        "<body style='--vscode-editor-background: rgb(30, 30, 30); --vscode-editor-foreground: #cccccc; margin: 0'>"
+        "<body style='--vscode-editor-background: rgb(30, 30, 30); --vscode-editor-foreground: #cccccc; margin: 0; "
+        "--jp-layout-color1: white; --jp-content-font-color1: black'>"  # as VS Code's widget manager has them
         f"<style>{(PACKAGE / 'explorer' / 'explorer.css').read_text()}</style><div id='host'></div></body>"
     )
     page.evaluate(

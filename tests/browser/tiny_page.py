@@ -11,10 +11,10 @@ LAYERS = 12
 
 
 def write_model(folder: Path) -> Path:
-    """A random Llama of 12 layers whose tokens are bytes."""
+    """A random Llama of 12 layers whose tokens are bytes, and "he"."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<end>": 0, **{sign: i + 1 for i, sign in enumerate(alphabet)}}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {sign: i for i, sign in enumerate(["<end>", *alphabet, "he"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e")]))  # one, as GGUF needs
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
     tokenizer.save_pretrained(folder)
