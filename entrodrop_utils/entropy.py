@@ -24,7 +24,7 @@ def _checked(x: Num[Tensor, "*batch token dim"], values: bool = True) -> Float[T
         raise ValueError(f"hidden states must be floating point, got {x.dtype}: token ids have no entropy of this kind")
     if x.ndim < 2 or x.shape[-2] < 2 or x.shape[-1] < 1:
         raise ValueError(f"need at least 2 tokens and one dimension (*batch, token, dim), got shape {tuple(x.shape)}")
-    # A finite sum has only finite terms, and testing every term costs more than the rest of the bucket estimate
+    # A finite sum has only finite terms, and testing every term costs more
     if values and not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
         raise ValueError(f"hidden states hold {int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}")
     # Half-precision values often lie exactly on a bin's edge, where float32 rounding would decide
@@ -70,7 +70,8 @@ def _identity(argument: Tensor | Hashable) -> Hashable:
     return argument.data_ptr(), argument.shape, argument.stride(), argument.dtype, argument.device
 
 
-ROWS, COLUMNS = 64, 1024  # of a block of a product of states on a CPU
+ROWS, COLUMNS = 64, 2048  # of a block of a product of states on a CPU
+COUNTERS = 10_240  # histogram bins that are counted at a time on a CPU
 # Above so many dimensions, KNN radii come from float32 products on a CPU (a GPU may give these fewer digits), unless a squared
 # radius is below this share of its token's squared norm: radii then keep five digits, and the mean of their logarithms seven.
 WIDE, CLOSE = 1024, 0.01
@@ -87,11 +88,12 @@ def _products(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> Float
     # The product is symmetric: what is below the diagonal is copied. A part of the dimensions is centred at a time, so that it
     # stays in the processor's cache; its rows are no power of two apart, so that they do not displace each other there.
     grams = torch.zeros(math.prod(batch), tokens, tokens, dtype=dtype)
-    memory = torch.empty(tokens, min(dim, COLUMNS) + 16, dtype=dtype)
-    for gram, state, centre in zip(grams, x.reshape(-1, tokens, dim), mean.view(-1, 1, dim), strict=True):
-        for start in range(0, dim, COLUMNS):
-            part = slice(start, min(start + COLUMNS, dim))
-            centred = memory[:, : part.stop - start].copy_(state[:, part]).sub_(centre[:, part])
+    width = min(dim, COLUMNS)
+    memory = torch.empty(tokens, width + 16, dtype=dtype)
+    for gram, state, centre in zip(grams, x.detach().reshape(-1, tokens, dim), mean.view(-1, 1, dim), strict=True):
+        for start in range(0, dim, width):
+            part = slice(start, min(start + width, dim))
+            centred = torch.sub(state[:, part], centre[:, part], out=memory[:, : part.stop - start])
             for row in range(0, tokens, ROWS):
                 gram[row : row + ROWS, row:].addmm_(centred[row : row + ROWS], centred[row:].T)
         for row in range(ROWS, tokens, ROWS):
@@ -134,23 +136,32 @@ def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, 
     """
     if bins < 2 or bins % 1:
         raise ValueError(f"bins must be a whole number of at least 2, got {bins}")
-    bins, x = int(bins), _checked(x)
+    bins, x = int(bins), _checked(x, values=False).detach()
     *batch, tokens, dim = x.shape
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
     least, extent = torch.finfo(x.dtype).tiny * bins, high - low
     if not torch.isfinite(extent).all():  # past the range of the dtype; the estimate does not change with scale
-        return bucket(x.double() / 4, bins)
+        return bucket(_checked(x).double() / 4, bins)
     if x.dtype == torch.float32 and ((extent > 0) & (extent < least)).any():
         return bucket(x.double(), bins)
-    histograms = math.prod(batch) * dim
-    integer = torch.int32 if histograms * bins < 2**31 else torch.int64
-    index = (x - low).mul_(bins / extent.clamp(min=least)).to(integer).clamp_(max=bins - 1)
-    # One flat count over (sequence, dimension, bin): no one-hot tensor of token x dim x bins is ever made.
-    index += torch.arange(histograms, dtype=integer, device=x.device).view(*batch, 1, dim) * bins
-    counts = torch.bincount(index.flatten(), minlength=histograms * bins)
-    n = torch.arange(tokens + 1, dtype=torch.float64, device=x.device)
-    n_log_n = torch.special.xlogy(n, n)[counts].view(*batch, dim * bins)
-    return dim * math.log(tokens) - n_log_n.sum(-1) / tokens
+    scale, n = bins / extent.clamp(min=least), torch.arange(tokens + 1, dtype=torch.float64, device=x.device)
+    n_log_n, total = torch.special.xlogy(n, n), n.new_zeros(batch)
+    # One flat count over (sequence, dimension, bin): no one-hot tensor of token x dim x bins is ever made. On a CPU, a part of the
+    # dimensions at a time, in the smallest integers that hold the count's places: states and counters stay in its cache.
+    width = min(dim, max(1, COUNTERS // bins)) if x.device.type == "cpu" else dim
+    size, places = math.prod(batch) * tokens * width, math.prod(batch) * width * bins
+    integer = next(t for t in (torch.int16, torch.int32, torch.int64) if places <= torch.iinfo(t).max)
+    memory, index = x.new_empty(size), x.new_empty(size, dtype=integer)
+    first = torch.arange(0, places, bins, dtype=integer, device=x.device)  # place of each histogram
+    for start in range(0, dim, width):
+        part = slice(start, min(start + width, dim))
+        n_parts, shape = math.prod(batch) * (part.stop - start), (*batch, tokens, part.stop - start)
+        scaled, place = (own[: n_parts * tokens].view(shape) for own in (memory, index))
+        torch.sub(x[..., part], low[..., part], out=scaled).mul_(scale[..., part])
+        place.copy_(scaled).clamp_(max=bins - 1).add_(first[:n_parts].view(*batch, 1, -1))
+        counts = torch.bincount(place.flatten(), minlength=n_parts * bins)
+        total += n_log_n.index_select(0, counts).view(*batch, -1).sum(-1)
+    return dim * math.log(tokens) - total / tokens
 
 
 def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False) -> Float[Tensor, "*batch"]:
