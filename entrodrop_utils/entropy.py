@@ -155,12 +155,13 @@ def bucket(x: Num[Tensor, "*batch token dim"], bins: int = 20) -> Float[Tensor, 
     first = torch.arange(0, places, bins, dtype=integer, device=x.device)  # place of each histogram
     for start in range(0, dim, width):
         part = slice(start, min(start + width, dim))
-        n_parts, shape = math.prod(batch) * (part.stop - start), (*batch, tokens, part.stop - start)
-        scaled, place = (own[: n_parts * tokens].view(shape) for own in (memory, index))
+        own_width = part.stop - start
+        n_parts = math.prod(batch) * own_width
+        scaled, place = (own[: n_parts * tokens].view(*batch, tokens, own_width) for own in (memory, index))
         torch.sub(x[..., part], low[..., part], out=scaled).mul_(scale[..., part])
-        place.copy_(scaled).clamp_(max=bins - 1).add_(first[:n_parts].view(*batch, 1, -1))
+        place.copy_(scaled).clamp_(max=bins - 1).add_(first[:n_parts].view(*batch, 1, own_width))
         counts = torch.bincount(place.flatten(), minlength=n_parts * bins)
-        total += n_log_n.index_select(0, counts).view(*batch, -1).sum(-1)
+        total += n_log_n.index_select(0, counts).view(*batch, own_width * bins).sum(-1)
     return dim * math.log(tokens) - total / tokens
 
 
