@@ -139,7 +139,7 @@ def rival_table(table: pd.DataFrame, own: bool = True) -> pd.DataFrame:
     """
     rows = table[table.own == own].sort_values(["model", "text", "kind", "n_dropped"])
     case = ["model", "text", "kind", "n_dropped"]
-    shown = rows.assign(value=interval_text(rows, ["difference", "low", "high"])).pivot_table(
+    shown = rows.assign(value=interval_text(rows, ["difference", "low", "high"], ".2g")).pivot_table(
         "value", case, "method", aggfunc="first"
     )
     ours = rows[rows.method == OURS].set_index(case).increase.map("{:.2f}".format)
@@ -165,19 +165,6 @@ def decided(table: pd.DataFrame) -> pd.DataFrame:
     )
     counts = counts.assign(cases=counts.sum(axis=1), share_of_tokens=rows.groupby("method").part.mean())
     return counts.reindex([name for name in RIVALS if name in counts.index]).reset_index()
-
-
-def every_decoder(run: pd.DataFrame, model: str, text: str) -> pd.DataFrame:
-    """The committed confirmations, and in front of them a run of notebook 07 on a model and text that has none.
-
-    Args:
-        run: as ``against_ours`` returns it.
-    """
-    committed = confirmations()
-    if ((committed.model == model) & (committed.text == text)).any():
-        return committed
-    own = run.assign(model=model, text=text, own=run.domain == text)
-    return pd.concat([own, committed], ignore_index=True).reindex(columns=committed.columns)
 
 
 def aim_table(table: pd.DataFrame) -> pd.DataFrame:
