@@ -32,6 +32,7 @@ from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import NAMES as LOCAL_TASKS
 from ..tasks.retention import Retention, above_chance
 from ..text import windows
+from .methods import layers_text
 from .search_study import OURS
 from .writing import repeated_shares
 
@@ -151,7 +152,7 @@ def collapse(
         texts[VARIED] = windows(DEFAULT_TEXT, "evaluation", tokenizer, prompts, PROMPT)
     held_out = windows(DEFAULT_TEXT, "evaluation", tokenizer, *HELD_OUT)
     key = cache.subkey(cache.model_key(model, "studies.collapse"), *map(cache.tensor_digest, texts.values()))
-    of_set: dict[DropSet, pd.DataFrame] = {}
+    dense, of_set = generated_values(model, (), texts, key), {}
     for drop_set in progress(dict.fromkeys(sets.values()), "pruned models"):
         losses = {s: rows.nll.to_numpy() for s, rows in losses_by_set(model, held_out, [(), drop_set]).groupby("set")}
         likelihood = np.exp([-end for end in paired_difference(losses[drop_set], losses[()])])[[0, 2, 1]]
@@ -161,14 +162,13 @@ def collapse(
             retention, units = Retention.of(scores, items, above_chance(scores)), len(items[["part", "item"]].drop_duplicates())
             accuracy = retention.mean[retention.sets.index(drop_set)]
             rows.append((TASK, units, accuracy, *retention.share([drop_set], above=True)))
-        dense = generated_values(model, (), texts, key)
         for ability, values in generated_values(model, drop_set, texts, key).items():
             rows.append((ability, len(values), values.mean(), *kept(values, dense[ability])))
         of_set[drop_set] = pd.DataFrame(rows, columns=["ability", "units", "value", "kept", "low", "high"])
         parts = []
         for (method, n), chosen in sets.items():
             if chosen in of_set:
-                layers = " ".join(str(s.layer) for s in orders[method][:n])
+                layers = layers_text(orders[method][:n])
                 about = {"method": method, "n_dropped": n, "n_layers": n_layers, "dropped": layers}
                 parts.append(of_set[chosen].assign(**about)[[*about, *of_set[chosen].columns]])
         table = pd.concat(parts, ignore_index=True)

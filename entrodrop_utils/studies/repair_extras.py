@@ -79,15 +79,14 @@ def first_token_table(
         kind, metric, n_dropped, domain, constant and own (loss increase over the dense model), saved, low, high (paired over
         windows), nats per token.
     """
-    rows = []
+    rows, dense = [], {domain: perplexity(model, ids).mean for domain, ids in held_out.items()}
     for (kind, method, n), drop_set in choices.items():
         constant, means = repair(model, drop_set, text, "constant"), first_token_means(model, drop_set, text)
         for domain, ids in held_out.items():
-            dense = perplexity(model, ids).mean
             with dropped(model, drop_set, constant):
                 plain = perplexity(model, ids).per_window
             own = losses_with_first(model, ids, drop_set, constant, means)
-            costs = (plain.mean() - dense, own.mean() - dense)
+            costs = (plain.mean() - dense[domain], own.mean() - dense[domain])
             rows.append((kind, method.label, n, domain, *costs, *paired_difference(plain, own)))
     return pd.DataFrame(rows, columns=["kind", "metric", "n_dropped", "domain", "constant", "own", "saved", "low", "high"])
 

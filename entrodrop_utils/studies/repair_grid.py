@@ -28,12 +28,13 @@ from ..repairing import folds_by_set, maps_by_how, rank_for_repair, repair
 from ..residual import SubBlock, find
 from ..selection import PUBLISHED_PROTECTED, protected_layers
 from ..text import windows
-from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, drop_order, drop_sets, numbers_dropped
+from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, drop_order, drop_sets, layers_text, numbers_dropped
 from .repair_study import HOWS, LEFT, NONE, SINGLE, Losses, repair_table
+from .search_study import OURS
 
 SIZE, FILE, WINDOWS = "grid", "09_grid.csv", "09_grid_windows.csv"
 CASES = {"attention": (0.375, 0.25), "mlp": (0.25,), "block": (0.25,)}  # kind -> shares dropped
-OURS, DENSE = "lazy greedy", "dense"
+DENSE = "dense"
 SCORES = ("bucket", "knn", "cosine", "norm_ratio")
 REPAIRS = {"attention": (*HOWS, "fold", "scale"), "mlp": (*HOWS, "fold", "scale"), "block": ("fold", "scale", "patch")}
 DRAWN = {"attention": "linear", "mlp": "linear", "block": "fold"}  # the repair of random choices
@@ -163,22 +164,18 @@ def grid(name: str, text: str = DEFAULT_TEXT, domains: Sequence[str] = DOMAINS, 
 def write_grid(profile: Profile, losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str) -> pd.DataFrame:
     """Write the table of costs, and the losses of windows, a row a set with a repair on a domain."""
     table = repair_table(losses, choices, fitted_on)
-    layers = {(kind, *method, n): _layers(drop_set) for (kind, method, n), drop_set in choices.items()}
+    layers = {(kind, *method, n): layers_text(drop_set) for (kind, method, n), drop_set in choices.items()}
     keys = table[["kind", *METHOD_COLUMNS, "n_dropped"]].itertuples(index=False, name=None)
     table = table.assign(dropped=[layers[key] for key in keys])
     profile.write(table, FILE)
     rows = [
-        {"repair": name, "domain": domain, "set": f"{drop_set[0].kind} {_layers(drop_set)}" if drop_set else DENSE}
+        {"repair": name, "domain": domain, "set": f"{drop_set[0].kind} {layers_text(drop_set)}" if drop_set else DENSE}
         | {f"window {i}": value for i, value in enumerate(values.nll)}
         for (name, domain), by_set in losses.items()
         for drop_set, values in by_set.items()
     ]
     profile.write(pd.DataFrame(rows), WINDOWS)
     return table
-
-
-def _layers(drop_set: DropSet) -> str:
-    return " ".join(str(s.layer) for s in drop_set)
 
 
 def _parsed(kind: str, layers: str) -> DropSet:

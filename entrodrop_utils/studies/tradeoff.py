@@ -24,9 +24,9 @@ from ..search import SearchResult
 from ..similarity import SIMILARITIES
 from ..statistics import paired_difference
 from .methods import losses_of
+from .search_study import OURS
 from .writing import repeated_shares
 
-OURS = "lazy greedy"
 MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}

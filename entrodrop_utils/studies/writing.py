@@ -125,7 +125,7 @@ def answers_by_share(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFr
 
 
 def answer_sentences(answers: pd.DataFrame) -> list[str]:
-    """For each model the share of right answers of the dense model, and of those without most attention layers."""
+    """For each model the share of right answers of the dense model, and without the smallest number of attention layers."""
     lines = []
     for (model, task), rows in answers.groupby(["model", "task"], sort=False):
         texts = pd.Series(interval_text(rows, ["value", "low", "high"], ".0%"), index=rows.index)
