@@ -466,6 +466,17 @@ def test_unknown_dtypes_and_devices_are_refused(tiny, tmp_path):
             models.load_model(folder, device=device)
 
 
+def test_a_model_at_its_own_precision_is_in_memory_once(tiny, tmp_path):
+    folder = str(saved(tmp_path, small("llama"), tiny))
+    model, _ = models.load_model(folder)
+    assert models.at_precision(model, folder, "float32") is model
+    rounded = models.at_precision(model, folder, "bfloat16")
+    for (name, weight), (_, expected) in zip(rounded.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(weight, expected.bfloat16()), name
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        models.at_precision(model, folder, "int8")
+
+
 @pytest.fixture
 def hub(server, tiny, tmp_path, monkeypatch):
     """The server as a hub with one model, and an empty cache."""

@@ -39,6 +39,19 @@ def test_statements_are_those_of_the_committed_claims():
     assert all(statement in text for statement in table.index)
 
 
+def test_the_finding_counts_the_verdicts_and_quotes_the_largest_model():
+    values = [
+        ("bucket", "a", "does not hold", -0.2),
+        ("KNN", "a", "inconclusive", 0.0),
+        ("bucket", "b", "holds", 0.3),
+        ("KNN", "b", "holds", 0.5),
+    ]
+    rows = [(f"{metric} entropy beats cosine", model, verdict, v, v - 0.1, v + 0.1) for metric, model, verdict, v in values]
+    statements = pd.DataFrame(rows, columns=["statement", "model", "verdict", "measured", "low", "high"])
+    sentence = "At 37.5% of attention, entropy loses to cosine in 1 of 4 cases and wins in 2 (b); in the largest model KNN saves "
+    assert scale.cosine_sentence(statements) == sentence + "0.50 [0.40, 0.60] nats."
+
+
 def test_the_order_of_methods_is_compared_by_counting_pairs():
     costs = pd.DataFrame({"a": [1.0, 2.0, 3.0, 4.0], "b": [1.0, 3.0, 2.0, np.nan], "c": [3.0, 2.0, 1.0, 0.0]})
     taus = scale.order_agreement(costs).set_index("models")

@@ -12,7 +12,7 @@ from entrodrop_utils.entropy import bucket
 from entrodrop_utils.residual import SubBlock, find
 from entrodrop_utils.saving import remove
 from entrodrop_utils.similarity import cosine
-from entrodrop_utils.studies import generation, promise, tradeoff
+from entrodrop_utils.studies import promise, tradeoff, writing
 from entrodrop_utils.studies import search_study as study
 
 HELD = {
@@ -144,7 +144,7 @@ def test_repetition_counts_pieces_that_occurred_before(monkeypatch):
     texts = torch.tensor([[7, 7, *[1, 2, 3, 4, 5] * 3], [7, 7, *range(10, 25)]])
     monkeypatch.setattr(type(model), "generate", lambda self, *args, **kwargs: texts)
     # Of 12 pieces of four tokens in the first text 5 differ; none is repeated in the second
-    assert generation.repeated_shares(model, texts[:, :2], 15).tolist() == pytest.approx([1 - 5 / 12, 0])
+    assert writing.repeated_shares(model, texts[:, :2], 15).tolist() == pytest.approx([1 - 5 / 12, 0])
 
 
 def test_repetition_of_the_dense_model_and_sentences(traded):

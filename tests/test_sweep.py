@@ -1,5 +1,6 @@
 """Sweeps: the list of runs, and a real dask cluster of two workers that loses one of them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -49,39 +50,108 @@ def test_what_does_not_exist_is_refused_before_anything_is_run(line, message, tm
         sweep.sweep_cells(tmp_path / "s.toml")
 
 
+# A notebook that scores a small model; the run of seed 1 waits once, in one phase
+PHASES = ["before the model", "before the scores", "between the scores", "after the scores", "after the table"]
+SCORES = """
+import pathlib, sys, time
+sys.path.insert(0, TESTS)
+def wait(phase):
+    marker = pathlib.Path(HERE) / "waits"
+    if seed == 1 and phase == PHASE and not marker.exists():
+        marker.touch()
+        time.sleep(600)
+wait("before the model")
+import torch
+from tiny_llama import tiny_llama
+from entrodrop_utils.cached_scoring import cached_score
+model, texts = tiny_llama(), torch.arange(96).reshape(2, 3, 16)
+wait("before the scores")
+first = cached_score(model, texts[0], ["bucket", "cosine"], ["attention"])
+wait("between the scores")
+second = cached_score(model, texts[1], ["bucket", "cosine"], ["attention"])
+wait("after the scores")
+profile.write(pd.concat([first, second]), "99_scores.csv")
+wait("after the table")
+"""
+
+
 @pytest.fixture
-def project(tmp_path):
-    """A project with a notebook whose run of seed 1 waits the first time, and one that fails."""
+def project(tmp_path, request):
+    """A project with a notebook whose run of seed 1 waits in a phase, the first time, and one that fails."""
     pytest.importorskip("distributed")
     folder = tmp_path / "notebooks"
     (folder / "sizes").mkdir(parents=True)
-    waits = f"import pathlib, time\nmarker = pathlib.Path({str(tmp_path)!r}) / 'waits'\n"
-    waits += "if seed == 1 and not marker.exists():\n    marker.touch()\n    time.sleep(600)"
-    nbformat.write(notebook(waits), folder / "97_waits.ipynb")
+    values = {"TESTS": str(Path(__file__).parent), "HERE": str(tmp_path), "PHASE": request.param}
+    source = "\n".join([*(f"{name} = {value!r}" for name, value in values.items()), SCORES.strip()])
+    nbformat.write(notebook(source), folder / "97_waits.ipynb")
     nbformat.write(notebook("1 / 0"), folder / "98_fails.ipynb")
     (tmp_path / "s.toml").write_text('seeds = [1, 2]\nnotebooks = ["97", "98"]\n')
     return tmp_path
 
 
-@pytest.mark.slow
-def test_a_lost_worker_is_replaced_and_a_failed_run_is_told(project):
-    """kill -9 of a worker in the middle of a run: dask runs the cell again, and the table says what failed."""
+def start(project: Path) -> subprocess.Popen:
+    """The sweep of a project, on two workers."""
     command = [sys.executable, "-m", "entrodrop_utils.runner.sweep", str(project / "s.toml"), "--jobs", "2"]
     env = {**os.environ, "ENTRODROP_HOME": str(project), "PYTHONPATH": f"{paths.PACKAGE.parent}:{os.environ.get('PYTHONPATH', '')}"}
-    running = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project, start_new_session=True
+    )
+
+
+def await_the_phase(project: Path) -> None:
     deadline = time.monotonic() + 300
     while not (project / "waits").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert (project / "waits").exists()
-    os.kill(_worker_above(_kernel_that_waits(running.pid)), signal.SIGKILL)
-    said, _ = running.communicate(timeout=400)
-    assert running.returncode == 1, said
+
+
+def check_results(project: Path, said: str) -> None:
+    """Every run of the first notebook is done, and its tables are those of the run that was not disturbed."""
+    assert (project / "build/sweep.json").is_file(), said
     rows = {(row["notebook"], row["seed"]): row for row in json.loads((project / "build/sweep.json").read_text())}
     assert [rows["97_waits", seed]["status"] for seed in (1, 2)] == ["done", "done"], said
     assert [rows["98_fails", seed]["status"] for seed in (1, 2)] == ["FAILED", "FAILED"]
     assert "ZeroDivisionError" in rows["98_fails", 1]["reason"]
-    tables = sorted(path.parent.name for path in (project / "data/results").rglob("99_table.csv"))
-    assert tables == ["default-seed-1", "default-seed-2"]
+    tables = {path.parent.name: path.read_bytes() for path in (project / "data/results").rglob("99_scores.csv")}
+    assert set(tables) == {"default-seed-1", "default-seed-2"}
+    assert tables["default-seed-1"] == tables["default-seed-2"] != b""
+
+
+def cached_scores(project: Path) -> dict[str, int]:
+    """File -> the time it was written, of the scores in the cache."""
+    return {path.name: path.stat().st_mtime_ns for path in (project / "data/cache/scores").glob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", PHASES, indirect=True)
+def test_a_lost_worker_is_replaced_and_a_failed_run_is_told(project):
+    """kill -9 of a worker in each phase of a run: dask runs the cell again, and the table says what failed."""
+    running = start(project)
+    await_the_phase(project)
+    os.kill(_worker_above(_kernel_that_waits(running.pid)), signal.SIGKILL)
+    said, _ = running.communicate(timeout=400)
+    assert running.returncode == 1, said
+    check_results(project, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", ["between the scores", "after the table"], indirect=True)
+def test_a_sweep_that_was_killed_goes_on_from_the_cache(project):
+    """kill -9 of the whole sweep; started again, it finishes, and what was scored is not scored again."""
+    running = start(project)
+    await_the_phase(project)
+    parents = _parents()
+    for process in [pid for pid in parents if pid == running.pid or running.pid in _ancestors(pid, parents)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    running.communicate(timeout=60)
+    before = cached_scores(project)
+    assert before
+    again = start(project)
+    said, _ = again.communicate(timeout=400)
+    assert again.returncode == 1, said
+    check_results(project, said)
+    assert cached_scores(project).items() >= before.items()
 
 
 def _parents() -> dict[int, int]:

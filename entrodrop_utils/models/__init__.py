@@ -6,8 +6,8 @@ hashes.
 """
 
 from .downloads import ModelUnavailable
-from .loading import load_model, random_init_copy
+from .loading import at_precision, load_model, random_init_copy
 from .registry import KNOWN, check_model
 from .sources import opening_cost
 
-__all__ = ["KNOWN", "ModelUnavailable", "check_model", "load_model", "opening_cost", "random_init_copy"]
+__all__ = ["KNOWN", "ModelUnavailable", "at_precision", "check_model", "load_model", "opening_cost", "random_init_copy"]

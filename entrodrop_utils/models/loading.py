@@ -85,6 +85,14 @@ def load_model(
     return (model if spread else model.to(where)).eval(), tokenizer
 
 
+def at_precision(model: PreTrainedModel, name: str, dtype: str) -> PreTrainedModel:
+    """A model with its weights in another dtype, as ``load_model(name, dtype)`` reads it; the same one if it has this dtype.
+
+    A large model is then in memory once.
+    """
+    return model if model.dtype == DTYPES.get(dtype) else load_model(name, dtype)[0]
+
+
 def random_init_copy(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """A model of the same shape with random weights: it shows what comes from the architecture and not from training."""
     with torch.random.fork_rng(devices=[]):

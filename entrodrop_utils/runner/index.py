@@ -12,7 +12,7 @@ from ..paths import FIGURES, NOTEBOOKS, PACKAGE, RESULTS, ROOT
 from ..profile import DEFAULT_MODEL, Profile
 from .checks import NAVIGATION, available, finding, opening, opening_picture, title
 
-HEADLINE = ("01_layerwise_entropy", "02_entropy_vs_cosine", "04_accuracy_tables")  # whose findings open the README
+HEADLINE = ("01_layerwise_entropy", "02_entropy_vs_cosine", "04_accuracy_tables", "10_scale")  # whose findings open the README
 
 
 def update_index() -> None:

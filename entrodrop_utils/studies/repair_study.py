@@ -25,8 +25,8 @@ from ..residual import SubBlock, find
 from ..selection import protected_layers
 from ..statistics import Interval, comparison, mean_interval, paired_difference
 from ..text import mixture
-from .generation import repeated_shares
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method
+from .writing import repeated_shares
 
 NONE, HOWS = "none", ("constant", "linear")
 REPAIRS = (NONE, *HOWS)

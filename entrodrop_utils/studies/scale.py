@@ -14,7 +14,7 @@ from ..figures import COLOURS, GREY, headed_panels
 from ..models import KNOWN
 from ..paths import RESULTS
 from ..profile import DEFAULT_SIZE, Profile
-from ..statistics import interval_text
+from ..statistics import Interval, interval_text
 from . import accuracy
 from .methods import METHOD_COLUMNS, RANDOM
 
@@ -117,6 +117,19 @@ def cosine_title(statements: pd.DataFrame) -> str:
     won = rows.verdict.eq("holds").groupby(rows.statement, sort=False).agg(["sum", "size"])
     parts = [f"{name.split()[0]} entropy in {row['sum']} of {row['size']} models" for name, row in won.iterrows()]
     return f"Cosine loses to {' and to '.join(parts)}"
+
+
+def cosine_sentence(statements: pd.DataFrame) -> str:
+    """In how many cases entropy beats cosine, in which models, and by how much KNN does in the largest model."""
+    rows = statements[statements.statement.str.contains("entropy beats cosine")]
+    won, lost = (rows[rows.verdict == word] for word in ("holds", "does not hold"))
+    winners = f" ({', '.join(won.model.unique())})" if len(won) else ""
+    largest = rows[rows.statement.str.startswith("KNN")].iloc[-1]
+    saved = Interval(largest.measured, largest.low, largest.high)
+    return (
+        f"At 37.5% of attention, entropy loses to cosine in {len(lost)} of {len(rows)} cases and wins in {len(won)}{winners}; in "
+        f"the largest model KNN saves {saved:.2f} nats."
+    )
 
 
 def method_costs(profile: Profile, models: Iterable[str], kind: str = "attention") -> pd.DataFrame:

@@ -23,8 +23,8 @@ from ..scoring import Metric
 from ..search import SearchResult
 from ..similarity import SIMILARITIES
 from ..statistics import paired_difference
-from .generation import repeated_shares
 from .methods import losses_of
+from .writing import repeated_shares
 
 OURS = "lazy greedy"
 MIXED = "mixed"

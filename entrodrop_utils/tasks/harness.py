@@ -39,7 +39,7 @@ class TaskUnavailable(RuntimeError):
 
 BOOTSTRAP = 1000  # draws, for the standard errors of metrics that are no means
 FEWSHOT_SEED = 1234  # that of the harness's own command line
-GENERATED = 8  # answers that are generated at a time
+GENERATED = 32  # answers that are generated at a time
 
 
 class PrunedLM(HFLM):

@@ -12,7 +12,7 @@ from entrodrop_utils.cached_scoring import cached_score
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.residual import SubBlock
 from entrodrop_utils.selection import one_shot
-from entrodrop_utils.studies import generation as study
+from entrodrop_utils.studies import writing as study
 
 
 def text_of(source: str, part: str, tokenizer, n: int, tokens: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tmp_path, monkeypatch):
     table = study.generation("tiny", "sums", 10, "float32")
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tiny" / study.FILE), table, rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
-    expected = [(), *(tuple(sorted(one_shot(scores, m, "attention", n))) for m in study.METRICS for n in (2, 3))]
+    expected = [(), *(tuple(sorted(one_shot(scores, m, "attention", n))) for n in (2, 3) for m in study.METRICS)]
     assert asked == expected and table.task_metric.tolist() == ["strict", "flexible"] * 5
     for row, drop_set in zip(table.iloc[::2].itertuples(), expected, strict=True):
         assert row.n_dropped == len(drop_set) and row.value == (7 - len(drop_set)) / 10
@@ -61,3 +61,30 @@ def test_a_task_without_data_is_an_error(monkeypatch):
     monkeypatch.setattr(study, "task_scores_by_set", lambda *_: (pd.DataFrame({"note": ["cannot be had here"]}), nothing))
     with pytest.raises(RuntimeError, match="gsm8k was not measured: cannot be had here"):
         study.generated(tiny_llama(), word_tokenizer(), (SubBlock(1, "mlp"),), "gsm8k", 2, torch.ones(1, 4, dtype=torch.long))
+
+
+def test_the_committed_tables_are_shown_by_model_metric_and_share(tmp_path, monkeypatch):
+    rows = [("dense", 0, 0.5), ("cosine", 3, 0.4), ("cosine", 6, 0.1), ("bucket", 3, 0.3), ("bucket", 6, 0.0)]
+    part = [(m, n, 24, "sums", task_metric, 40, v, v - 0.1, v + 0.1) for m, n, v in rows for task_metric in ("strict", "flexible")]
+    table = pd.DataFrame(part, columns=study.COLUMNS[:9]).reindex(columns=study.COLUMNS)
+    table.loc[table.task_metric == "flexible", "value"] = 1.0
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    assert study.committed_answers(["a", "b"]).empty
+    (tmp_path / "b").mkdir()
+    table.to_csv(tmp_path / "b" / study.FILE, index=False)
+    answers = study.committed_answers(["a", "b"])
+    assert answers.metric.tolist() == [m for m, *_ in rows] and set(answers.task_metric) == {"strict"}
+    shown = study.answers_by_share(answers, ["value", "low", "high"])
+    assert shown.columns.tolist() == ["0%", "12.5%", "25.0%"] and shown.index.tolist() == [("b", "cosine"), ("b", "bucket")]
+    assert shown.loc[("b", "cosine")].tolist() == ["50% [40%, 60%]", "40% [30%, 50%]", "10% [0%, 20%]"]
+    (sentence,) = study.answer_sentences(answers)
+    assert sentence == (
+        "b answers 50% [40%, 60%] of 40 sums items right; without 3 of 24 attention layers chosen by cosine 40% [30%, 50%], "
+        "by bucket 30% [20%, 40%]."
+    )
+
+
+def test_published_answers_are_quoted_with_their_source():
+    (sentence,) = study.published_answers()
+    assert sentence.startswith("Published (Demystifying When Pruning Works (arXiv 2603.24652)): Mistral-7B 48.4% / 36.2% of GSM8K")
+    assert sentence.endswith("without 8 of 32 attention layers.")

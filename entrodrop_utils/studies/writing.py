@@ -1,12 +1,12 @@
 """What a pruned model writes: answers to a task with free answers, and how much it repeats itself. Held-out loss shows neither.
 
-``python -m entrodrop_utils.studies.generation MODEL`` writes ``data/results/MODEL/generation.csv`` after every pruned model.
+``python -m entrodrop_utils.studies.writing MODEL`` writes ``data/results/MODEL/generation.csv`` after every pruned model.
 Answers are kept in the cache, so a run that was stopped continues.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cached_scoring import cached_score
+from ..claims import published_figures
 from ..dropping import dropped
 from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
@@ -25,7 +26,7 @@ from ..models import load_model
 from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
 from ..selection import count_of, one_shot
-from ..statistics import mean_interval, share_interval
+from ..statistics import interval_text, mean_interval, share_interval
 from ..tasks import task_scores_by_set
 from ..text import windows
 from .speed import device_name
@@ -82,9 +83,9 @@ def generated(
 def attention_choices(
     scores: pd.DataFrame, n_layers: int, metrics: Sequence[str], fractions: Sequence[float]
 ) -> dict[tuple[str, int], DropSet]:
-    """(metric, number) -> the attention layers that it drops in one shot; the dense model, with no metric, comes first."""
+    """(metric, number) -> the attention layers that it drops in one shot; the dense model comes first, then small numbers."""
     counts = [count_of(fraction, n_layers) for fraction in fractions]
-    chosen = {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for m in metrics for n in counts}
+    chosen = {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for n in counts for m in metrics}
     return {("dense", 0): (), **chosen}
 
 
@@ -105,9 +106,53 @@ def generation(name: str, task: str, items: int, precision: str) -> pd.DataFrame
     return table
 
 
+def committed_answers(models: Iterable[str]) -> pd.DataFrame:
+    """The committed tables of some models, as one: model, then ``COLUMNS``; of each answer the first metric of its task."""
+    files = {model: RESULTS / model / FILE for model in models}
+    tables = [pd.read_csv(file).assign(model=model) for model, file in files.items() if file.is_file()]
+    table = pd.concat(tables) if tables else pd.DataFrame(columns=COLUMNS).assign(model="")
+    return table.drop_duplicates(["model", "metric", "n_dropped", "task"])[["model", *COLUMNS]].reset_index(drop=True)
+
+
+def answers_by_share(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """An estimate and its interval as text: a row for each model and metric, a column for each share of attention layers."""
+    share = (answers.n_dropped / answers.n_layers).map("{:.1%}".format)
+    table = answers.assign(share=share, text=interval_text(answers, columns, ".0%"))
+    dense = table[table.metric == "dense"].set_index("model").text
+    by_share = table[table.metric != "dense"].pivot_table("text", ["model", "metric"], "share", aggfunc="first", sort=False)
+    by_share.insert(0, "0%", [dense[model] for model, _ in by_share.index])
+    return by_share.rename_axis(columns=None)
+
+
+def answer_sentences(answers: pd.DataFrame) -> list[str]:
+    """For each model the share of right answers of the dense model, and of those without most attention layers."""
+    lines = []
+    for (model, task), rows in answers.groupby(["model", "task"], sort=False):
+        texts = pd.Series(interval_text(rows, ["value", "low", "high"], ".0%"), index=rows.index)
+        least = rows[(rows.metric != "dense") & (rows.n_dropped == rows.n_dropped[rows.n_dropped > 0].min())]
+        kept = ", ".join(f"by {row.metric} {texts[row.Index]}" for row in least.itertuples())
+        dense = texts[rows.metric == "dense"].iloc[0]
+        lines.append(
+            f"{model} answers {dense} of {rows['items'].iloc[0]} {task} items right; without {least.n_dropped.iloc[0]} of "
+            f"{rows.n_layers.iloc[0]} attention layers chosen {kept}."
+        )
+    return lines
+
+
+def published_answers() -> list[str]:
+    """The published shares of right GSM8K answers of a dense and a pruned model, as sentences with their source."""
+    table = published_figures("others")
+    rows = table[table.metric == "GSM8K dense / pruned"]
+    return [
+        f"Published ({row.source}): {row.model} {' / '.join(f'{share}%' for share in row.value.split(' / '))} of GSM8K, dense / "
+        f"without {int(row.n_dropped)} of {int(row.n_total)} attention layers."
+        for row in rows.itertuples()
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Let a model and its pruned versions answer a task with free answers, and count their repetitions."""
-    parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.generation", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.writing", description=main.__doc__)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
     parser.add_argument("--task", default="gsm8k", help="of lm-evaluation-harness")
     parser.add_argument("--items", type=int, default=100)
