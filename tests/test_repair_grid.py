@@ -105,6 +105,7 @@ def test_the_first_token_gets_its_own_mean():
     assert row.saved == pytest.approx(row.constant - row.own, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_training_adds_is_measured_on_every_domain(tmp_path):
     pytest.importorskip("peft", reason="peft is an optional dependency")
     model, drop_set = tiny("Llama"), (SubBlock(2, "attention"),)

@@ -1,5 +1,6 @@
 """Every search method against a plain loop over pruned models, a closed form, or the best of all sets."""
 
+import copy
 import doctest
 import math
 from itertools import combinations
@@ -175,6 +176,13 @@ def test_gradients_of_gates_are_finite_differences(text):
     assert search.gate_gradients(model, text, gated) == pytest.approx(np.array(plain), rel=1e-2, abs=1e-3)
 
 
+def test_gradients_of_gates_of_rounded_weights_are_near(big, text):
+    possible = [s for kind in MIXED for s in find(big, kind)]
+    exact = search.gate_gradients(big, text, possible)
+    rounded = search.gate_gradients(copy.deepcopy(big).bfloat16(), text, possible)
+    assert np.corrcoef(exact.ravel(), rounded.ravel())[0, 1] > 0.98
+
+
 def test_a_gate_on_a_block_is_one_on_both_branches(big, text):
     both = search.gate_gradients(big, text, [SubBlock(2, "attention"), SubBlock(2, "mlp")]).sum(1)
     assert search.gate_gradients(big, text, [SubBlock(2, "block")])[:, 0] == pytest.approx(both, rel=1e-4, abs=1e-6)
@@ -330,8 +338,10 @@ def test_tale_is_greedy_by_accuracy(big, text):
         gone.append(s)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # large models have their weights in bfloat16
 @pytest.mark.parametrize("name", sorted({*search.__all__} - {"INFORMATION", "SearchResult", "candidates"}))
-def test_the_examples_are_true(name, model, windows):
+def test_the_examples_are_true(name, dtype, model, windows):
+    model = copy.deepcopy(model).to(dtype)
     shown = {public: getattr(search, public) for public in search.__all__}
     names = shown | {"model": model, "windows": windows, "n_layers": 6, "SubBlock": SubBlock, "np": np}
     (examples,) = doctest.DocTestFinder(recurse=False).find(shown[name], name, globs=names)

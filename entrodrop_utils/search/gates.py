@@ -33,7 +33,7 @@ def _gated(model: PreTrainedModel, gates: Float[Tensor, "gate window"], gated: S
 
                 def multiply(_, args, output, gate=gate):
                     first = output[0] if isinstance(output, tuple) else output
-                    first = first * gate.view(-1, *[1] * (first.ndim - 1))
+                    first = first * gate.view(-1, *[1] * (first.ndim - 1)).to(first.dtype)
                     return (first, *output[1:]) if isinstance(output, tuple) else first
 
                 handle = layers[sub_block.layer].get_submodule(path).register_forward_hook(multiply)

@@ -7,6 +7,7 @@ after every step. They are also in the cache, so a stopped run continues.
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 from jaxtyping import Int
@@ -119,6 +120,9 @@ def grid(name: str, text: str = DEFAULT_TEXT, domains: Sequence[str] = DOMAINS, 
             losses.setdefault(key, {}).update(by_set)
         write_grid(profile, losses, choices, text)
 
+    def sized(sets: Sequence[DropSet], how: str) -> dict[DropSet, Repair]:
+        return {drop_set: repair(model, drop_set, few, how) for drop_set in sets}
+
     def measure(kind: str, sets: Sequence[DropSet], hows: Sequence[str], maps: Mapping[str, Repair]) -> None:
         add(NONE, losses_by_set(model, ids, [(), *sets]))
         for how in hows:
@@ -127,9 +131,8 @@ def grid(name: str, text: str = DEFAULT_TEXT, domains: Sequence[str] = DOMAINS, 
             elif how == "fold":
                 add(how, whole_losses(model, ids, sets, lambda of: folds_by_set(model, of, fit_text), (how, digest)))
             else:
-                each = lambda of, how=how: {s: repair(model, s, few, how) for s in of}  # noqa: E731
                 about = (how, cache.tensor_digest(few))
-                add(how, pd.concat([whole_losses(model, ids, [drop_set], each, about) for drop_set in sets]))
+                add(how, pd.concat([whole_losses(model, ids, [drop_set], partial(sized, how=how), about) for drop_set in sets]))
 
     drawn = {}
     for kind, shares in CASES.items():
