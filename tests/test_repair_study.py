@@ -21,6 +21,8 @@ CHOICES = {
 }
 SETS = list(CHOICES.values())[:2]
 TEXT = ids(8, 16)
+FIRST_COLUMNS = ["kind", "metric", "n_dropped", "domain", "constant", "own", "saved", "low", "high"]
+HEALED_COLUMNS = ["repair", "domain", "increase", "low", "high", "saved", "saved_low", "saved_high", "steps", "seconds"]
 HELD_OUT = {"docs": ids(5, 12, seed=1), "code": ids(5, 12, seed=2), "english": ids(5, 12, seed=3)}
 
 
@@ -64,6 +66,9 @@ def test_sets_with_repairs_of_their_own_are_evaluated_in_whole_passes(measured):
     assert (table.repair == "fold").sum() == len(HELD_OUT)
     gaps = study.gap_table(losses | folded, choices, COSINE)
     assert "fold" not in gaps.columns
+    assert [case[:3] for case in study.repaired_cases(losses | folded, choices)] == [("attention", 2, "linear")]
+    renamed = {({"linear": "fold"}.get(name, name), domain): value for (name, domain), value in losses.items()}
+    assert [case[2] for case in study.repaired_cases(renamed, choices)] == ["fold"]
     everywhere = np.concatenate([folded["fold", d][SETS[1]].nll - losses["none", d][()].nll for d in ("code", "english")])
     assert study.increase_elsewhere(losses | folded, SETS[1], "fold", "docs").estimate == pytest.approx(everywhere.mean())
 
@@ -90,12 +95,13 @@ def test_costs_are_those_of_one_model_after_another(measured):
 
 
 def planted(**means: tuple[float, float]) -> dict:
-    """(repair, domain) -> set -> losses, of bucket's and cosine's set, with little spread."""
+    """(repair, domain) -> set -> losses, of bucket's and cosine's set, with little spread; code costs half a nat more."""
     spread = np.linspace(-0.01, 0.01, 6)
     tables = {}
     for name, pair in means.items():
-        by_set = {SETS[i]: pd.DataFrame({"nll": mean + spread}) for i, mean in enumerate(pair)}
-        tables[name, "docs"] = by_set | {(): pd.DataFrame({"nll": 1 + spread})}
+        for domain, more in (("docs", 0.0), ("code", 0.5)):
+            by_set = {SETS[i]: pd.DataFrame({"nll": mean + more + spread}) for i, mean in enumerate(pair)}
+            tables[name, domain] = by_set | {(): pd.DataFrame({"nll": 1 + spread})}
     return tables
 
 
@@ -103,12 +109,11 @@ def planted(**means: tuple[float, float]) -> dict:
 def test_the_best_method_before_and_after(after, verdict):
     choices = {key: value for key, value in CHOICES.items() if key[1] != DRAW}
     losses = planted(none=(2.0, 1.5), linear=after)
-    (row,) = study.best_methods(losses, choices, "linear").itertuples()
-    assert (row.before, row.verdict) == ("cosine", verdict)
-    assert row.saved == pytest.approx(0.4 if verdict == "changed" else 0)
-    table = study.repair_table(losses, choices, "docs")
-    saved = (2.0 + 1.5 - sum(after)) / (2.0 + 1.5 - 2)
-    assert study.share_saved(table, True, "linear") == pytest.approx(saved)
+    table = study.best_methods(losses, choices, "docs")
+    assert table.domain.tolist() == ["docs", "elsewhere"] and set(table.repair) == {"linear"}
+    for row in table.itertuples():
+        assert (row.before, row.verdict) == ("cosine", verdict)
+        assert row.saved == pytest.approx(0.4 if verdict == "changed" else 0)
     gaps = study.gap_table(losses, choices, COSINE)
     assert gaps.loc["attention", 2, "bucket"]["none"] == "0.50 [0.50, 0.50]"
 
@@ -200,7 +205,14 @@ def test_the_answers_of_the_notebook(measured):
     assert f"fold {left:.2f} at" in lines[0]
     gap = study.gap_everywhere(losses, choices["attention", BUCKET, 2], drop_set, "linear")
     assert f"bare, {extra_cost(gap)} after linear repair" in lines[4]
+    other = {("mlp", method, n): drop_set for (_, method, n), drop_set in choices.items()}
+    assert "without 2 MLPs" in answered.answers(losses, choices, COSINE, "docs", texts, kept, repeated, costs, (losses, other))[1]
     finding = answered.repair_finding(losses, choices, COSINE, "docs", 4)
     assert finding.startswith("Without 2 of 4 attention layers by cosine, a linear repair saves") and len(finding.split()) <= 30
+    first = pd.DataFrame([("mlp", "cosine", 2, "docs", 0.3, 0.1, 0.2, 0.1, 0.3)], columns=FIRST_COLUMNS)
+    healed = pd.DataFrame([("fold, healed", "docs", 0.3, 0.2, 0.4, 0.1, 0.0, 0.2, 60, 90.0)], columns=HEALED_COLUMNS)
+    first_line, trained = answered.grid_answers(first, healed)
+    assert "2 MLPs by cosine it saves docs 0.200 [0.100, 0.300]" in first_line
+    assert "60 steps" in trained and "docs 0.10 [0.00, 0.20] of 0.40" in trained
     assert "saves" in answered.saved_sentence(losses, drop_set, "docs", 4)
     assert "the linear map leaves" in answered.budget_sentence(costs)

@@ -9,8 +9,18 @@ from ..layerwise import DropSet
 from ..statistics import Interval, comparison, mean_interval
 from ..text import mixture
 from .comparison import extra_cost
-from .methods import KIND_NAMES, RANDOM, Choice, Method
-from .repair_study import LEFT, NONE, SINGLE, Losses, gap_everywhere, increase_elsewhere, most_kept, saved_elsewhere
+from .methods import KIND_NAMES, Choice, Method
+from .repair_study import (
+    LEFT,
+    NONE,
+    SINGLE,
+    Losses,
+    gap_everywhere,
+    increase_elsewhere,
+    most_kept,
+    repaired_cases,
+    saved_elsewhere,
+)
 
 ZERO_COST = ("constant", "fold", "scale")  # repairs that add no matrix products
 
@@ -65,6 +75,7 @@ def answers(
     kept: pd.DataFrame,
     repeated: pd.DataFrame,
     costs: pd.DataFrame,
+    known: tuple[Losses, Mapping[Choice, DropSet]] | None = None,
 ) -> list[str]:
     """One sentence for each question of the notebook.
 
@@ -73,12 +84,14 @@ def answers(
         kept: of ``kept_by_count``.
         repeated: of ``repetition``.
         costs: of ``inference_costs``, with the loss increase elsewhere.
+        known: losses and choices that compare methods, of the full grid; without any, those of the run.
     """
-    sets = {m: s for (_, m, _), s in choices.items() if m.rule != RANDOM}
+    drop_set = next(drop_set for (_, method, _), drop_set in choices.items() if method == reference)
+    compared = known or (losses, choices)
     return [
-        _cost_answer(losses, sets[reference], reference, fitted_on, costs),
-        _best_answer(losses, sets),
-        *_rule_answers(losses, sets, reference),
+        _cost_answer(losses, drop_set, reference, fitted_on, costs),
+        _best_answer(*compared),
+        *_rule_answers(*compared, reference),
         *_text_answer(texts, fitted_on),
         *_promise_answer(kept),
         _repetition_answer(repeated),
@@ -95,34 +108,47 @@ def _cost_answer(losses: Losses, drop_set: DropSet, reference: Method, fitted_on
     return f"Cost: loss increase by {reference.metric} on domains that no repair was fitted on: {left}."
 
 
-def _best_answer(losses: Losses, sets: Mapping[Method, DropSet]) -> str:
-    before, after = (
-        min(sets, key=lambda m: np.mean([by_set[sets[m]].nll.mean() for (of, _), by_set in losses.items() if of == name]))
-        for name in (NONE, "linear")
-    )
-    if sets[before] == sets[after]:
-        return f"Best method over all domains: {before.label}, bare and after linear repair."
-    gap = gap_everywhere(losses, sets[before], sets[after], "linear")
-    verdict = comparison(gap.low, gap.high, "repair changes which is best", "the old one is better")
-    return (
-        f"Best method over all domains: {before.label} bare, {after.label} after linear repair, where it saves {gap:.2f} nats: "
-        f"{verdict}."
-    )
+def _best_answer(losses: Losses, choices: Mapping[Choice, DropSet]) -> str:
+    """Whether repair changes which method is best, for every kind and number."""
+    parts = []
+    for kind, n, name, sets in repaired_cases(losses, choices):
+        means = {
+            how: {m: np.mean([of[s].nll.mean() for (h, _), of in losses.items() if h == how]) for m, s in sets.items()}
+            for how in (NONE, name)
+        }
+        before, after = (min(of, key=of.get) for of in means.values())
+        part = f"without {n} {KIND_NAMES[kind]} {before.label}"
+        if sets[before] == sets[after]:
+            parts.append(f"{part}, also after {name} repair")
+        else:
+            gap = gap_everywhere(losses, sets[before], sets[after], name)
+            verdict = comparison(gap.low, gap.high, "repair changes it", "the old one is better")
+            parts.append(f"{part}, after {name} repair {after.label}, which then saves {gap:.2f} nats ({verdict})")
+    return f"Best method over all domains: {'; '.join(parts)}."
 
 
-def _rule_answers(losses: Losses, sets: Mapping[Method, DropSet], reference: Method) -> Iterator[str]:
+def _rule_answers(losses: Losses, choices: Mapping[Choice, DropSet], reference: Method) -> Iterator[str]:
+    """Whether a rule that chooses for repair, and an entropy, are better than their rivals, for every kind and number."""
+    cases = list(repaired_cases(losses, choices))
     for rival in (Method(SINGLE), reference):
-        gap = gap_everywhere(losses, sets[Method(LEFT)], sets[rival], "linear")
-        verdict = comparison(-gap.high, -gap.low, "the rule for repair is better", "it is worse")
-        yield f"Choosing for repair: by what is left, repaired models cost {extra_cost(gap)} than by {rival.label}: {verdict}."
-    for name in sets:
-        if name.metric in ("bucket", "knn"):
-            bare, repaired = (gap_everywhere(losses, sets[name], sets[reference], how) for how in (NONE, "linear"))
-            verdict = comparison(repaired.low, repaired.high, "it does not catch up", "it overtakes")
-            yield (
-                f"Entropy: the choice by {name.label} costs {extra_cost(bare)} than by {reference.metric} bare, "
-                f"{extra_cost(repaired)} after linear repair: {verdict}."
-            )
+        parts = []
+        for kind, n, name, sets in cases:
+            if Method(LEFT) in sets:
+                gap = gap_everywhere(losses, sets[Method(LEFT)], sets[rival], name)
+                verdict = comparison(-gap.high, -gap.low, "better", "worse")
+                parts.append(f"without {n} {KIND_NAMES[kind]} {extra_cost(gap)}, {verdict}")
+        yield f"Choosing for repair: by what is left, repaired models cost against {rival.label}: {'; '.join(parts)}."
+    for entropy in (Method("bucket"), Method("knn")):
+        parts = []
+        for kind, n, name, sets in cases:
+            if entropy in sets:
+                bare, after = (gap_everywhere(losses, sets[entropy], sets[reference], how) for how in (NONE, name))
+                verdict = comparison(after.low, after.high, "it does not catch up", "it overtakes")
+                parts.append(
+                    f"without {n} {KIND_NAMES[kind]} {extra_cost(bare)} bare, {extra_cost(after)} after {name} repair ({verdict})"
+                )
+        if parts:
+            yield f"Entropy: the choice by {entropy.label} costs against {reference.label}: {'; '.join(parts)}."
 
 
 def _text_answer(texts: pd.DataFrame, fitted_on: str) -> Iterator[str]:
@@ -142,6 +168,32 @@ def _promise_answer(kept: pd.DataFrame) -> Iterator[str]:
 def _repetition_answer(repeated: pd.DataFrame) -> str:
     shares = (f"{row.variant} {Interval(row.repeated, row.low, row.high):.0%}" for row in repeated.itertuples())
     return f"Repetition of greedy continuations: {', '.join(shares)}."
+
+
+def grid_answers(first: pd.DataFrame | None, healed: pd.DataFrame | None) -> Iterator[str]:
+    """What the tables beside the grid say: of the first token's own constant, and of training.
+
+    Args:
+        first: of ``repair_extras.first_token_table``.
+        healed: of ``repair_extras.healed_table``.
+    """
+    if first is not None:
+        parts = [
+            f"without {rows.n_dropped.iloc[0]} {KIND_NAMES[kind]} by {metric} it saves "
+            + ", ".join(f"{row.domain} {Interval(row.saved, row.low, row.high):.3f}" for row in rows.itertuples())
+            for (kind, metric), rows in first.groupby(["kind", "metric"], sort=False)
+        ]
+        yield f"A constant of the first token's own, nats over one constant for all tokens: {'; '.join(parts)}."
+    if healed is not None:
+        rows = healed[healed.steps > 0]
+        parts = ", ".join(
+            f"{row.domain} {Interval(row.saved, row.saved_low, row.saved_high):.2f} of {row.increase + row.saved:.2f}"
+            for row in rows.itertuples()
+        )
+        yield (
+            f"Training: {rows.steps.iloc[0]} steps of LoRA after the fold, {rows.seconds.iloc[0] / 60:.0f} minutes of one core, "
+            f"save nats of the loss increase that the fold leaves: {parts}."
+        )
 
 
 def costs_elsewhere(costs: pd.DataFrame, losses: Losses, drop_set: DropSet, fitted_on: str) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from ..residual import SubBlock, find
 from ..selection import PUBLISHED_PROTECTED, protected_layers
 from ..text import windows
 from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, drop_order, drop_sets, layers_text, numbers_dropped
-from .repair_study import HOWS, LEFT, NONE, SINGLE, Losses, repair_table
+from .repair_study import HOWS, LEFT, NONE, SINGLE, Losses, by_domain, repair_table
 from .search_study import OURS
 
 SIZE, FILE, WINDOWS = "grid", "09_grid.csv", "09_grid_windows.csv"
@@ -93,17 +93,6 @@ def whole_losses(
     table = pd.concat(tables, ignore_index=True)
     table = table[table.set.isin(list(named))]
     return table.assign(set=table.set.map(named))
-
-
-def by_domain(table: pd.DataFrame, repaired: str, domains: Sequence[str]) -> Losses:
-    """The losses of windows that stand one domain after another, as (repair, domain) -> set -> window, nll."""
-    each = (int(table.window.max()) + 1) // len(domains)
-    losses: Losses = {(repaired, domain): {} for domain in domains}
-    for drop_set, rows in table.groupby("set"):
-        values = rows.sort_values("window").nll.to_numpy()
-        for i, domain in enumerate(domains):
-            losses[repaired, domain][drop_set] = pd.DataFrame({"nll": values[i * each : (i + 1) * each]})
-    return losses
 
 
 def grid(name: str, text: str = DEFAULT_TEXT, domains: Sequence[str] = DOMAINS, draws: int = 5) -> pd.DataFrame:

@@ -1,11 +1,12 @@
 """The cost of dropping before and after repair, on the text that the repair was fitted on and on other texts."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -22,9 +23,9 @@ from ..layerwise import DropSet
 from ..repairing import maps_by_how, rank_for_repair
 from ..residual import SubBlock, find
 from ..selection import protected_layers
-from ..statistics import Interval, comparison, interval_text, mean_interval, paired_difference
+from ..statistics import Interval, comparison, mean_interval, paired_difference
 from ..text import mixture
-from .methods import METHOD_COLUMNS, RANDOM, Choice, Method, losses_of
+from .methods import METHOD_COLUMNS, RANDOM, Choice, Method
 from .writing import repeated_shares
 
 NONE, HOWS = "none", ("constant", "linear")
@@ -61,27 +62,43 @@ def rankings_by_cost(
 def repaired_losses(
     model: PreTrainedModel, texts: Mapping[str, Tensor], sets: Iterable[DropSet], repairs: Mapping[str, AnyRepair]
 ) -> Losses:
-    """The losses of the dense model and of every set, by repair and domain.
+    """The losses of every set by repair and domain; without a repair, of the dense model too.
 
     Args:
-        texts: domain -> held-out windows.
+        texts: domain -> held-out windows, as many and as long of each.
         repairs: name -> repair; None for a bare drop; set -> repair where each set has its own, which is evaluated alone.
     """
-    sets = [(), *sorted(set(sets))]
+    sets, ids = sorted(set(sets)), torch.cat(list(texts.values()))
     losses: Losses = {}
     for name, fitted in repairs.items():
-        for domain, windows in texts.items():
-            if isinstance(fitted, Mapping):
-                losses[name, domain] = {of: _whole_losses(model, windows, of, own) for of, own in fitted.items()}
-            else:
-                losses[name, domain] = losses_of(losses_by_set(model, windows, sets, fitted))
+        if isinstance(fitted, Mapping):
+            table = pd.concat([_whole_losses(model, ids, of, own) for of, own in fitted.items()])
+        else:
+            table = losses_by_set(model, ids, sets if fitted else [(), *sets], fitted)
+        losses |= by_domain(table, name, list(texts))
+    return losses
+
+
+def by_domain(table: pd.DataFrame, repaired: str, domains: Sequence[str]) -> Losses:
+    """Losses of windows that stand one domain after another, as many of each.
+
+    Args:
+        table: set, window, nll.
+    """
+    n = (int(table.window.max()) + 1) // len(domains)
+    losses: Losses = {(repaired, domain): {} for domain in domains}
+    for drop_set, rows in table.groupby("set"):
+        values = rows.sort_values("window").nll.to_numpy()
+        for i, domain in enumerate(domains):
+            losses[repaired, domain][drop_set] = pd.DataFrame({"nll": values[i * n : (i + 1) * n]})
     return losses
 
 
 def _whole_losses(model: PreTrainedModel, windows: Tensor, drop_set: DropSet, fitted: Repair) -> pd.DataFrame:
-    """The loss of every window from whole passes."""
+    """The loss of every window from whole passes: set, window, nll."""
     with dropped(model, drop_set, fitted):
-        return pd.DataFrame({"nll": perplexity(model, windows).per_window})
+        values = perplexity(model, windows).per_window
+    return pd.DataFrame({"set": [drop_set] * len(values), "window": range(len(values)), "nll": values})
 
 
 def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str) -> pd.DataFrame:
@@ -107,23 +124,48 @@ def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: s
     return pd.DataFrame(rows, columns=columns)
 
 
-def best_methods(losses: Losses, choices: Mapping[Choice, DropSet], repaired: str) -> pd.DataFrame:
-    """The method with the least loss before and after repair, for every domain, kind and number dropped.
+def repaired_cases(losses: Losses, choices: Mapping[Choice, DropSet]) -> Iterator[tuple[str, int, str, dict[Method, DropSet]]]:
+    """Kind, number dropped, repair, and the set of every ranked method, for every kind and number that was repaired.
+
+    The repair is the linear one, or the fold where a kind has no linear one.
+    """
+    measured = {name: losses[name, domain].keys() for name, domain in losses}
+    for kind, n in dict.fromkeys((kind, n) for kind, _, n in choices):
+        sets = {m: s for (k, m, count), s in choices.items() if (k, count) == (kind, n) and m.rule != RANDOM}
+        for name in ("linear", "fold"):
+            if set(sets.values()) <= measured.get(name, set()):
+                yield kind, n, name, sets
+                break
+
+
+def best_methods(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: str) -> pd.DataFrame:
+    """The method with the least loss before and after repair, for every kind and number, in the fitted domain and elsewhere.
 
     Returns:
-        domain, kind, n_dropped, before, after, saved (what the method that is best after repair saves then over the one that was
-        best before, paired, in nats per token), low, high, verdict (changed, same, undecided).
+        kind, n_dropped, repair (of ``repaired_cases``), domain, before, after, saved (what the method that is best after repair
+        saves then over the one that was best before, paired, in nats per token), low, high, verdict (changed, same, undecided).
     """
     rows = []
-    for domain in dict.fromkeys(domain for _, domain in losses):
-        for kind, n in dict.fromkeys((kind, n) for kind, _, n in choices):
-            ranked = {m: chosen for (k, m, count), chosen in choices.items() if (k, count) == (kind, n) and m.rule != RANDOM}
-            before, after = (min(ranked, key=lambda m: losses[name, domain][ranked[m]].nll.mean()) for name in (NONE, repaired))
-            values = [losses[repaired, domain][ranked[method]].nll.to_numpy() for method in (before, after)]
-            saved = paired_difference(*values)
-            verdict = "same" if before == after else comparison(saved.low, saved.high, "changed")
-            rows.append((domain, kind, n, before.label, after.label, *saved, verdict))
-    return pd.DataFrame(rows, columns=["domain", "kind", "n_dropped", "before", "after", "saved", "low", "high", "verdict"])
+    for kind, n, name, sets in repaired_cases(losses, choices):
+        domains = list(dict.fromkeys(domain for _, domain in losses))
+        home = [domain for domain in domains if domain in mixture(fitted_on)]
+        for place, of in {fitted_on: home, "elsewhere": [domain for domain in domains if domain not in home]}.items():
+            before, after = (_cheapest(losses, sets, how, of) for how in (NONE, name))
+            saved = _gap(losses, sets[before], sets[after], name, of)
+            verdict = "same" if sets[before] == sets[after] else comparison(saved.low, saved.high, "changed")
+            rows.append((kind, n, name, place, before.label, after.label, *saved, verdict))
+    columns = ["kind", "n_dropped", "repair", "domain", "before", "after", "saved", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _cheapest(losses: Losses, sets: Mapping[Method, DropSet], name: str, domains: Sequence[str]) -> Method:
+    return min(sets, key=lambda m: np.mean([losses[name, domain][sets[m]].nll.mean() for domain in domains]))
+
+
+def _gap(losses: Losses, drop_set: DropSet, reference: DropSet, name: str, domains: Sequence[str]) -> Interval:
+    """How much more a set costs than a reference with the same repair, over the windows of these domains."""
+    pairs = [(losses[name, d][drop_set].nll.to_numpy(), losses[name, d][reference].nll.to_numpy()) for d in domains]
+    return paired_difference(*map(np.concatenate, zip(*pairs, strict=True)))
 
 
 def saved_elsewhere(losses: Losses, drop_set: DropSet, repaired: str, fitted_on: str) -> np.ndarray:
@@ -269,8 +311,7 @@ def increase_elsewhere(losses: Losses, drop_set: DropSet, name: str, fitted_on: 
 
 def gap_everywhere(losses: Losses, drop_set: DropSet, reference: DropSet, name: str) -> Interval:
     """How much more a set costs than a reference with the same repair, over the windows of all domains."""
-    gaps = [by_set[drop_set].nll.to_numpy() - by_set[reference].nll.to_numpy() for (of, _), by_set in losses.items() if of == name]
-    return mean_interval(np.concatenate(gaps))
+    return _gap(losses, drop_set, reference, name, [domain for of, domain in losses if of == name])
 
 
 def increase_table(losses: Losses, drop_set: DropSet) -> pd.DataFrame:
@@ -291,38 +332,16 @@ def _away(losses: Losses, name: str, fitted_on: str) -> list[str]:
     return away
 
 
-def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The tables of several fits as one; the bare drops, which have no fit, are in the first."""
-    return pd.concat([tables[0], *(table[table.repair != NONE] for table in tables[1:])], ignore_index=True)
-
-
-def mixture_table(tables: Sequence[pd.DataFrame], method: Method, repaired: str) -> pd.DataFrame:
-    """Loss increase of one method with a repair, by the text that it was fitted on: a row per kind, number and text."""
-    rows = joined(tables)
-    rows = rows[(rows[METHOD_COLUMNS] == method).all(axis=1) & (rows.repair == repaired)]
-    ends = ["increase", "increase_low", "increase_high"]
-    rows = rows.assign(increase=interval_text(rows, ends))
-    return rows.pivot_table("increase", ["kind", "n_dropped", "fitted_on"], "domain", aggfunc="first", sort=False)
-
-
-def share_saved(table: pd.DataFrame, in_domain: bool, repaired: str) -> float:
-    """The share of the summed loss increase of the ranked choices that a repair saves, in its domain or in the others."""
-    rows = table[(table.in_domain == in_domain) & (table.repair == repaired) & (table.rule != RANDOM)]
-    return float(rows.saved.sum() / (rows.saved + rows.increase).sum())
-
-
 def gap_table(losses: Losses, choices: Mapping[Choice, DropSet], reference: Method) -> pd.DataFrame:
     """How much more every other ranked method costs than the reference, by repair, as text with its interval.
 
     Each window of every domain is one unit.
     """
     rows = []
-    domains = list(dict.fromkeys(domain for _, domain in losses))
-    for name in dict.fromkeys(name for name, _ in losses):
+    for name, domain in dict(losses.keys()).items():
         for (kind, method, n), drop_set in choices.items():
             rival = choices[kind, reference, n]
-            if method != reference and method.rule != RANDOM and {drop_set, rival} <= losses[name, domains[0]].keys():
-                gaps = [losses[name, d][drop_set].nll.to_numpy() - losses[name, d][rival].nll.to_numpy() for d in domains]
-                rows.append((kind, n, method.label, name, f"{mean_interval(np.concatenate(gaps)):.2f}"))
+            if method != reference and method.rule != RANDOM and {drop_set, rival} <= losses[name, domain].keys():
+                rows.append((kind, n, method.label, name, f"{gap_everywhere(losses, drop_set, rival, name):.2f}"))
     table = pd.DataFrame(rows, columns=["kind", "n_dropped", "method", "repair", "gap"])
-    return table.pivot_table("gap", ["kind", "n_dropped", "method"], "repair", aggfunc="first", sort=False)
+    return table.pivot_table("gap", ["kind", "n_dropped", "method"], "repair", aggfunc="first", sort=False).fillna("–")
