@@ -18,7 +18,7 @@ BENCHMARKS, HOME_MADE, HELD_OUT, CALIBRATION = EVIDENCE = (  # strongest first
     "held-out text",
     "calibration text",
 )
-SIZES = ("paper", "default", "large", "xlarge")  # of runs, the one with more text or draws first
+SIZES = ("paper", "full", "default", "large", "xlarge")  # of runs, the one with more text, then more draws, first
 SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the strongest evidence counts
     "bucket entropy falls, then rises": r"^bucket entropy falls.*then rises(?!.*without)",
     "KNN entropy falls, then rises": r"^knn entropy falls.*then rises(?!.*without)",
@@ -96,8 +96,9 @@ def _strongest_first(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _judged(rows: pd.DataFrame) -> dict[str, object]:
-    """The first of the rows about one claim, with those whose verdict is another as text."""
-    others = rows[rows.verdict != rows.verdict.iloc[0]].itertuples()
+    """The first of the rows about one claim, with those whose verdict is another as text; two runs on the same evidence are one."""
+    different = rows.drop_duplicates(["quantity", "evidence", "measured"])
+    others = different[different.verdict != rows.verdict.iloc[0]].itertuples()
     texts = (f"{row.verdict} by {row.quantity} on {row.evidence or row.size}: {value_text(row)}" for row in others)
     return rows.iloc[0].to_dict() | {"place": rows.place.min(), "disagrees": "; ".join(texts)}
 

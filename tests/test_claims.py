@@ -53,6 +53,7 @@ def test_a_claim_is_judged_on_its_strongest_evidence(tmp_path):
             ("a; measured: z", 3, "home-made tasks: 1 task"),
             ("b", -1, ""),
         ],
+        "full": [("a; measured: x", -1, "held-out text: 3 windows")],
     }
     for size, parts in rows.items():
         (tmp_path / size).mkdir()

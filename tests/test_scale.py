@@ -31,8 +31,10 @@ def test_statements_are_those_of_the_committed_claims():
     statements = scale.statements_by_size(Profile(), models)
     for row in statements.itertuples():
         files = [RESULTS / row.model / size / "claims.csv" for size in scale.RUNS]
-        claims = pd.read_csv(next(file for file in files if file.is_file()))
-        assert ((claims.measured == row.measured) & (claims.verdict == row.verdict)).any()
+        runs = [pd.read_csv(file) for file in files if file.is_file()]
+        fitting = [run[run.claim.str.contains(scale.STATEMENTS[row.statement], case=False)] for run in runs]
+        strongest = next(claims for claims in fitting if len(claims)).iloc[0]
+        assert (strongest.measured, strongest.verdict) == (row.measured, row.verdict)
     table = scale.verdict_table(statements)
     assert set(table.columns) == {*models, "over the models"}
     text = " ".join(scale.scale_sentences(statements, pd.DataFrame()))

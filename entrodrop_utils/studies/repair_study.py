@@ -18,14 +18,14 @@ from ..attention import cache_bytes
 from ..dropping import Repair, dropped
 from ..evaluation import losses_by_set, perplexity
 from ..families.self_check import measuring
-from ..figures import COLOURS, GREY, headed_panels, label_ends
+from ..figures import COLOURS, GREY, KIND_COLOURS, headed_panels, label_ends
 from ..layerwise import DropSet
 from ..repairing import maps_by_how, rank_for_repair
 from ..residual import SubBlock, find
 from ..selection import protected_layers
 from ..statistics import Interval, comparison, mean_interval, paired_difference
 from ..text import mixture
-from .methods import METHOD_COLUMNS, RANDOM, Choice, Method
+from .methods import KIND_NAMES, METHOD_COLUMNS, RANDOM, Choice, Method
 from .writing import repeated_shares
 
 NONE, HOWS = "none", ("constant", "linear")
@@ -333,15 +333,44 @@ def _away(losses: Losses, name: str, fitted_on: str) -> list[str]:
 
 
 def gap_table(losses: Losses, choices: Mapping[Choice, DropSet], reference: Method) -> pd.DataFrame:
-    """How much more every other ranked method costs than the reference, by repair, as text with its interval.
+    """How much more every other ranked method costs than the reference, bare and repaired, over the windows of all domains.
 
-    Each window of every domain is one unit.
+    Returns:
+        kind, n_dropped, method, repair (``NONE``, and that of ``repaired_cases``), gap (nats per token), low, high.
     """
     rows = []
-    for name, domain in dict(losses.keys()).items():
-        for (kind, method, n), drop_set in choices.items():
-            rival = choices[kind, reference, n]
-            if method != reference and method.rule != RANDOM and {drop_set, rival} <= losses[name, domain].keys():
-                rows.append((kind, n, method.label, name, f"{gap_everywhere(losses, drop_set, rival, name):.2f}"))
-    table = pd.DataFrame(rows, columns=["kind", "n_dropped", "method", "repair", "gap"])
-    return table.pivot_table("gap", ["kind", "n_dropped", "method"], "repair", aggfunc="first", sort=False).fillna("–")
+    for kind, n, repaired, sets in repaired_cases(losses, choices):
+        for method in (m for m in sets if m != reference):
+            for name in (NONE, repaired):
+                gap = gap_everywhere(losses, sets[method], sets[reference], name)
+                rows.append((kind, n, method.label, name, *gap))
+    return pd.DataFrame(rows, columns=["kind", "n_dropped", "method", "repair", "gap", "low", "high"])
+
+
+def gap_sentence(gaps: pd.DataFrame, reference: Method) -> str:
+    """In how many cases of ``gap_table`` a method costs more than the reference, bare and repaired, decided by the interval."""
+    bare = gaps.repair == NONE
+    counts = [f"{(rows.low > 0).sum()} of {len(rows)}" for rows in (gaps[bare], gaps[~bare])]
+    return f"Methods that cost more than {reference.label}: {counts[0]} cases bare, {counts[1]} after repair"
+
+
+def gap_figure(gaps: pd.DataFrame, reference: Method, title: str) -> Figure:
+    """The gaps of ``gap_table``, a panel for every kind and number: hollow bare, filled repaired."""
+    methods, cases = list(dict.fromkeys(gaps.method)), list(gaps.groupby(["kind", "n_dropped"], sort=False))
+    figure, axes = headed_panels(title, len(cases), 0.9 + 0.3 * len(methods), sharey=True)
+    for axis, ((kind, n), rows) in zip(axes, cases, strict=True):
+        axis.axvline(0, color=GREY, linewidth=0.8)
+        for row in rows.itertuples():
+            bare, colour = row.repair == NONE, LOOKS.get(row.method, KIND_COLOURS["mixed"])
+            errors = [[row.gap - row.low], [row.high - row.gap]]
+            look = {"color": GREY, "markerfacecolor": "white"} if bare else {"color": colour}
+            place = methods.index(row.method) + (-0.15 if bare else 0.15)
+            axis.errorbar(row.gap, place, xerr=errors, fmt="o", markersize=4, linewidth=1, **look)
+        (repaired,) = set(rows.repair) - {NONE}
+        axis.set_title(f"{n} {KIND_NAMES[kind]}\n{repaired}", loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(False, axis="y")
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].set_ylim(len(methods) - 0.4, -0.6)
+    figure.supxlabel(f"loss over {reference.label}'s (nats per token; left of 0 is better)", fontsize=9)
+    return figure
