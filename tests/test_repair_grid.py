@@ -105,6 +105,19 @@ def test_the_first_token_gets_its_own_mean():
     assert row.saved == pytest.approx(row.constant - row.own, abs=1e-6)
 
 
+def test_both_loops_are_fitted_on_the_same_windows():
+    model, drop_set, fit = tiny("Llama"), (SubBlock(1, "attention"), SubBlock(2, "attention")), ids(10, 16)
+    held_out = {"docs": ids(3, 12, seed=1), "code": ids(3, 12, seed=2)}
+    table = extras.loop_table(model, held_out, drop_set, fit, [8, 10])
+    assert table[["windows", "tokens"]].drop_duplicates().to_numpy().tolist() == [[8, 128], [10, 160]]
+    row = table.query("windows == 8 and domain == 'code'").iloc[0]
+    dense = evaluation.perplexity(model, held_out["code"]).mean
+    for loop in ("open", "closed"):
+        with dropped(model, drop_set, repair(model, drop_set, fit[:8], loop=loop)):
+            assert row[loop] == pytest.approx(evaluation.perplexity(model, held_out["code"]).mean - dense, abs=1e-6)
+    assert row.saved == pytest.approx(row.open - row.closed, abs=1e-6)
+
+
 @pytest.mark.slow
 def test_what_training_adds_is_measured_on_every_domain(tmp_path):
     pytest.importorskip("peft", reason="peft is an optional dependency")

@@ -214,7 +214,10 @@ def test_the_answers_of_the_notebook(measured):
     assert finding.startswith("Without 2 of 4 attention layers by cosine, a linear repair saves") and len(finding.split()) <= 30
     first = pd.DataFrame([("mlp", "cosine", 2, "docs", 0.3, 0.1, 0.2, 0.1, 0.3)], columns=FIRST_COLUMNS)
     healed = pd.DataFrame([("fold, healed", "docs", 0.3, 0.2, 0.4, 0.1, 0.0, 0.2, 60, 90.0)], columns=HEALED_COLUMNS)
-    first_line, trained = answered.grid_answers(first, healed)
+    rows = [(20, 5120, domain, 0.3, 0.3 - saved, saved, saved - 0.1, saved + 0.1) for domain, saved in (("docs", 0.2), ("code", 0))]
+    loops = pd.DataFrame(rows, columns=["windows", "tokens", "domain", "open", "closed", "saved", "low", "high"])
+    first_line, loop_line, trained = answered.grid_answers(first, loops, healed)
+    assert "20 windows (5120 tokens) better in 1 of 2 domains, worse in 0 (docs 0.20 [0.10, 0.30]" in loop_line
     assert "2 MLPs by cosine it saves docs 0.200 [0.100, 0.300]" in first_line
     assert "60 steps" in trained and "docs 0.10 [0.00, 0.20] of 0.40" in trained
     assert "saves" in answered.saved_sentence(losses, drop_set, "docs", 4)

@@ -170,11 +170,12 @@ def _repetition_answer(repeated: pd.DataFrame) -> str:
     return f"Repetition of greedy continuations: {', '.join(shares)}."
 
 
-def grid_answers(first: pd.DataFrame | None, healed: pd.DataFrame | None) -> Iterator[str]:
-    """What the tables beside the grid say: of the first token's own constant, and of training.
+def grid_answers(first: pd.DataFrame | None, loops: pd.DataFrame | None, healed: pd.DataFrame | None) -> Iterator[str]:
+    """What the tables beside the grid say: of the first token's own constant, of the closed loop, and of training.
 
     Args:
         first: of ``repair_extras.first_token_table``.
+        loops: of ``repair_extras.loop_table``.
         healed: of ``repair_extras.healed_table``.
     """
     if first is not None:
@@ -184,6 +185,14 @@ def grid_answers(first: pd.DataFrame | None, healed: pd.DataFrame | None) -> Ite
             for (kind, metric), rows in first.groupby(["kind", "metric"], sort=False)
         ]
         yield f"A constant of the first token's own, nats over one constant for all tokens: {'; '.join(parts)}."
+    if loops is not None:
+        parts = []
+        for (n, tokens), rows in loops.groupby(["windows", "tokens"]):
+            words = [comparison(row.low, row.high) for row in rows.itertuples()]
+            saved = ", ".join(f"{row.domain} {Interval(row.saved, row.low, row.high):.2f}" for row in rows.itertuples())
+            counts = f"better in {words.count('better')} of {len(words)} domains, worse in {words.count('worse')}"
+            parts.append(f"on {n} windows ({tokens} tokens) {counts} ({saved})")
+        yield f"Closed loop against open, nats saved by linear maps fitted in it: {'; '.join(parts)}."
     if healed is not None:
         rows = healed[healed.steps > 0]
         parts = ", ".join(

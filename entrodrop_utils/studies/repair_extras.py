@@ -1,7 +1,8 @@
-"""Two questions beside the grid of repairs: whether the first token needs a constant of its own, and what training adds.
+"""Questions beside the grid of repairs: the first token's own constant, the closed loop by amount of text, and what training adds.
 
 ``python -m entrodrop_utils.studies.repair_extras MODEL`` reads the choices of ``data/results/MODEL/grid/09_grid.csv`` and writes
-``09_first_token.csv`` and ``09_healed.csv`` beside it. Training needs the extra ``heal``; a stopped run continues.
+``09_first_token.csv``, ``09_loops.csv`` and ``09_healed.csv`` beside it. Training needs the extra ``heal``; a stopped training
+continues.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from ..models import load_model
 from ..paths import BUILD, DATA
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile, slug
 from ..repairing import repair
+from ..repairing.fit import LOOPS
 from ..repairing.healing import heal
 from ..residual import SubBlock, endpoints, layout_of, states
 from ..statistics import mean_interval, paired_difference
@@ -35,8 +37,9 @@ from .methods import Choice, Method
 from .repair_grid import DOMAINS, FITTED, HELD_OUT, SIZE, committed_grid
 from .repair_study import SINGLE
 
-FIRST, HEALED = "09_first_token.csv", "09_healed.csv"
+FIRST, BY_LOOP, HEALED = "09_first_token.csv", "09_loops.csv", "09_healed.csv"
 CHOSEN_BY = (Method("cosine"), Method(SINGLE))
+AMOUNTS = (10, 20, 60)  # calibration windows on which both loops are fitted
 HEAL_TOKENS, STEPS = 128, 60  # of each window that is trained on; steps of two windows
 
 
@@ -91,6 +94,34 @@ def first_token_table(
     return pd.DataFrame(rows, columns=["kind", "metric", "n_dropped", "domain", "constant", "own", "saved", "low", "high"])
 
 
+def loop_table(
+    model: PreTrainedModel,
+    held_out: Mapping[str, Int[Tensor, "window token"]],
+    drop_set: DropSet,
+    text: Int[Tensor, "sequence position"],
+    amounts: Iterable[int] = AMOUNTS,
+) -> pd.DataFrame:
+    """The loss increase with linear maps of both loops, fitted on the first windows of a text.
+
+    Args:
+        amounts: numbers of these windows.
+    Returns:
+        windows, tokens (of the fit), domain, open and closed (loss increase over the dense model), saved (by the closed loop), low,
+        high (paired over windows), nats per token.
+    """
+    rows, dense = [], {domain: perplexity(model, ids).mean for domain, ids in held_out.items()}
+    for n in amounts:
+        fits = [repair(model, drop_set, text[:n], "linear", loop) for loop in LOOPS]
+        for domain, ids in held_out.items():
+            losses = []
+            for fitted in fits:
+                with dropped(model, drop_set, fitted):
+                    losses.append(perplexity(model, ids).per_window)
+            costs = (values.mean() - dense[domain] for values in losses)
+            rows.append((n, n * text.shape[1], domain, *costs, *paired_difference(*losses)))
+    return pd.DataFrame(rows, columns=["windows", "tokens", "domain", *LOOPS, "saved", "low", "high"])
+
+
 def healed_table(
     model: PreTrainedModel,
     held_out: Mapping[str, Int[Tensor, "window token"]],
@@ -125,10 +156,10 @@ def healed_table(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure a constant of the first token's own, and a short training, and print the tables."""
+    """Measure a constant of the first token's own, both loops, and a short training, and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.repair_extras", description=main.__doc__)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
-    parser.add_argument("--only", choices=["first", "heal"], help="one of the two")
+    parser.add_argument("--only", choices=["first", "loops", "heal"], help="one of the three")
     chosen = parser.parse_args(arguments)
     profile = Profile(model=chosen.model, size=SIZE, output=str(DATA))
     if (known := committed_grid(profile)) is None:
@@ -139,14 +170,17 @@ def main(arguments: list[str] | None = None) -> int:
     choices = {choice: drop_set for choice, drop_set in known[1].items() if choice[0] != "block" and choice[1] in CHOSEN_BY}
     most = max(n for kind, _, n in choices if kind == "attention")
     choices = {(kind, m, n): drop_set for (kind, m, n), drop_set in choices.items() if kind != "attention" or n == most}
-    if chosen.only != "heal":
-        table = first_token_table(model, held_out, choices, text)
-        profile.write(table, FIRST)
-        print(table.round(3).to_string(index=False))
-    if chosen.only != "first":
-        folder = BUILD / "healing" / slug(chosen.model)
-        table = healed_table(model, held_out, choices["attention", CHOSEN_BY[0], most], text, folder)
-        profile.write(table, HEALED)
+    by_cosine, tables = choices["attention", CHOSEN_BY[0], most], {}
+    if chosen.only in (None, "first"):
+        tables[FIRST] = lambda: first_token_table(model, held_out, choices, text)
+    if chosen.only in (None, "loops"):
+        more = windows(DEFAULT_TEXT, "calibration", tokenizer, max(AMOUNTS), FITTED[1])
+        tables[BY_LOOP] = lambda: loop_table(model, held_out, by_cosine, more)
+    if chosen.only in (None, "heal"):
+        tables[HEALED] = lambda: healed_table(model, held_out, by_cosine, text, BUILD / "healing" / slug(chosen.model))
+    for file, measured in tables.items():
+        table = measured()
+        profile.write(table, file)
         print(table.round(3).to_string(index=False))
     return 0
 
