@@ -139,6 +139,15 @@ def test_the_front_holds_what_nothing_beats_and_the_limit_what_stays_below(trade
         assert row.increase <= 0.05 and (of_method[of_method.n_dropped <= row.n_dropped].increase <= 0.05).all()
 
 
+def test_the_loss_by_share_is_that_of_the_nearest_count(traded):
+    *_, table = traded
+    shares = tradeoff.loss_by_share(table, (0.4, 1.0))
+    for (kind, method), row in shares.iterrows():
+        rows = table[(table.kind == kind) & (table.method == method)].set_index("n_dropped").increase
+        nearest = min(rows.index, key=lambda n: abs(n - 0.4 * rows.index.max()))
+        assert row.tolist() == [rows[nearest], rows[rows.index.max()]]
+
+
 def test_repetition_counts_pieces_that_occurred_before(monkeypatch):
     model = tiny_llama()
     texts = torch.tensor([[7, 7, *[1, 2, 3, 4, 5] * 3], [7, 7, *range(10, 25)]])

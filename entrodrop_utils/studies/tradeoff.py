@@ -142,6 +142,15 @@ def falls_off(table: pd.DataFrame, limit: float = LIMIT) -> pd.DataFrame:
     return pd.DataFrame(rows)[columns].reset_index(drop=True)
 
 
+def loss_by_share(table: pd.DataFrame, shares: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)) -> pd.DataFrame:
+    """The loss increase of every kind and method (rows) at the measured count next to each share of the largest one (columns)."""
+    columns = {}
+    for share in shares:
+        rows = [of.iloc[(of.n_dropped - share * of.n_dropped.max()).abs().argmin()] for _, of in table.groupby(["kind", "method"])]
+        columns[f"{share:.1%}"] = pd.DataFrame(rows).set_index(["kind", "method"]).increase
+    return pd.DataFrame(columns)
+
+
 def pareto(table: pd.DataFrame, resource: str) -> pd.DataFrame:
     """The rows that no other row of the table beats: none drops as much of the resource (``parameters``, ``cache``) for less."""
     rows = table.sort_values([resource, "increase"], ascending=[False, True])
