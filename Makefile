@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  reproduce takes SIZE=smoke|default|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0 SET='k=50'"
+	@echo "  reproduce takes SIZE=smoke|default|full|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0 SET='k=50'"
 
 env: .venv/.current ## set up .venv from the lock file (nothing to do when it is current)
 
