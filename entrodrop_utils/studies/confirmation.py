@@ -198,14 +198,14 @@ def aim_sentences(table: pd.DataFrame) -> list[str]:
 
 
 def confirmation_sentences(table: pd.DataFrame) -> list[str]:
-    """Whether the rule is confirmed: the cases against every rival, and intervals where most attention layers are dropped."""
+    """Whether the rule is confirmed: the cases against rivals outside ``AIM``, and intervals where most attention layers go."""
     counts = decided(table)
     better = counts[(counts.better > counts.cases / 2) & (counts.worse == 0)].method
     others = counts.method[~counts.method.isin(better)]
     lines = [
         f"{OURS} is better in most cases and worse in none than: {', '.join(better) or 'none'}; not than: {', '.join(others)}."
     ]
-    for row in counts.itertuples():
+    for row in counts[~counts.method.isin(AIM)].itertuples():
         lines.append(f"{OURS} against {row.method}: better in {row.better} of {row.cases} cases, worse in {row.worse}.")
     rows = table[table.own & (table.kind == "attention") & table.method.isin(["cosine", "norm_ratio", "single drops"])]
     for (model, text), of_model in rows.groupby(["model", "text"], sort=False):
