@@ -93,6 +93,21 @@ def test_claims_and_sentences_follow_the_table(compared):
     assert len(study.search_figure(against, table, "A title").axes) == 2
 
 
+def test_the_differences_of_every_case_and_the_aim_against_greedy():
+    values = {"lazy greedy": (1.04, 0.3), "greedy": (1.0, 1.0), "cosine": (2.0, 0.1), "random": (3.0, 0.0)}
+    rows = [
+        ("docs", kind, n, name, increase * factor, share, increase - 1.04, 0.0, 1.0)
+        for kind, n, factor in (("attention", 2, 1.0), ("mlp", 1, 2.0))
+        for name, (increase, share) in values.items()
+    ]
+    table = pd.DataFrame(rows, columns=["domain", "kind", "n_dropped", "method", "increase", "share", "difference", "low", "high"])
+    shown = study.difference_table(table, "docs")
+    assert list(shown.index) == ["greedy", "cosine"] and shown.loc["cosine", ("mlp", 1)] == "0.96 [0.00, 1.00]"
+    assert study.greedy_sentence(table).startswith("Lazy greedy costs at most 5% more than greedy in 2 of 2 cases, with 30% to 30%")
+    table.loc[(table.kind == "mlp") & (table.method == "lazy greedy"), "increase"] = 3.0
+    assert "in 1 of 2 cases" in study.greedy_sentence(table)
+
+
 def test_interactions_are_told_by_distance(compared):
     model, draws, *_ = compared
     pairs = study.with_distance(search.interactions(model, draws[0], "attention"))

@@ -22,7 +22,7 @@ from ..progress import progress
 from ..residual import SubBlock
 from ..scoring import Metric
 from ..search import SearchResult
-from ..statistics import Interval, half_sampling, mean_interval, paired_difference
+from ..statistics import Interval, half_sampling, interval_text, mean_interval, paired_difference
 from .methods import KIND_NAMES, layers_text, losses_of
 
 Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], SearchResult]
@@ -260,6 +260,27 @@ def search_finding(rows: pd.DataFrame, kind: str, n: int, depth: int) -> str:
     if GREEDY in rows.index:
         cost += f", greedy {rows.increase[GREEDY]:.2f} with {1 / rows.share[OURS]:.1f} times its tokens"
     return f"{cost}; {rival} costs {against:.2f} nats more than lazy greedy."
+
+
+def difference_table(table: pd.DataFrame, domain: str) -> pd.DataFrame:
+    """What every other method costs more than lazy greedy, as text, with a column for each kind and count.
+
+    Args:
+        table: of ``against_ours``.
+    """
+    rows = table[(table.domain == domain) & ~table.method.isin([OURS, RANDOM_DRAW])]
+    rows = rows.assign(value=interval_text(rows, ["difference", "low", "high"]))
+    return rows.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
+
+
+def greedy_sentence(table: pd.DataFrame, more: float = 0.05) -> str:
+    """In how many cases (domain, kind, count) lazy greedy costs at most 5% more than greedy, and with what share of its tokens."""
+    costs = table.pivot_table("increase", ["domain", "kind", "n_dropped"], "method")
+    near, shares = costs[OURS] <= (1 + more) * costs[GREEDY], table[table.method == OURS].share
+    return (
+        f"Lazy greedy costs at most {more:.0%} more than greedy in {near.sum()} of {len(near)} cases, with {shares.min():.0%} to "
+        f"{shares.max():.0%} of its tokens."
+    )
 
 
 def search_details(table: pd.DataFrame, claims: pd.DataFrame) -> str:
