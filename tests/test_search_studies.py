@@ -1,6 +1,7 @@
 """The studies of notebooks 05 and 07 on a tiny model: their numbers against plain ones, their sentences against their tables."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import kendalltau
