@@ -10,6 +10,8 @@ from tiny_llama import tiny_llama
 from entrodrop_utils import search
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.entropy import bucket
+from entrodrop_utils.evaluation import perplexity
+from entrodrop_utils.repairing import repair
 from entrodrop_utils.residual import SubBlock, find
 from entrodrop_utils.saving import remove
 from entrodrop_utils.similarity import cosine
@@ -162,6 +164,22 @@ def test_the_loss_by_share_is_that_of_the_nearest_count(traded):
         rows = table[(table.kind == kind) & (table.method == method)].set_index("n_dropped").increase
         nearest = min(rows.index, key=lambda n: abs(n - 0.4 * rows.index.max()))
         assert row.tolist() == [rows[nearest], rows[rows.index.max()]]
+
+
+def test_repaired_beginnings_cost_what_each_repaired_model_costs(traded):
+    model, orders, _ = traded
+    fit = torch.randint(0, 101, (8, 16), generator=torch.Generator().manual_seed(4))
+    table = tradeoff.repaired_table(model, HELD, orders, fit, 3)
+    assert set(table.kind) == {"attention"} and set(table.domain) == set(HELD)
+    for row in table.itertuples():
+        drop_set = orders[row.kind, "lazy greedy"].order[: row.n_dropped]
+        dense, bare = (plain_loss(model, HELD[row.domain], s) for s in ([], drop_set))
+        with dropped(model, drop_set, repair(model, drop_set, fit)):
+            repaired = perplexity(model, HELD[row.domain]).mean
+        assert [row.bare, row.repaired] == pytest.approx([bare - dense, repaired - dense], abs=1e-5)
+        assert row.saved == pytest.approx(bare - repaired, abs=1e-5)
+    (panel,) = tradeoff.repaired_figure(table, tradeoff.repaired_title(table)).axes
+    assert len(panel.lines) == 2 * len(HELD)
 
 
 def test_repetition_counts_pieces_that_occurred_before(monkeypatch):

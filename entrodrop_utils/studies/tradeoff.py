@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -15,15 +16,17 @@ from .. import search
 from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.decoder import decoder_layers
-from ..figures import COLOURS, GREY, KIND_COLOURS, KIND_MARKERS, headed_panels, log_axis
+from ..figures import COLOURS, GREY, KIND_COLOURS, KIND_MARKERS, headed_panels, label_ends, log_axis
 from ..layerwise import DropSet
 from ..progress import progress
+from ..repairing import repair
 from ..residual import SubBlock, layout_of
 from ..scoring import Metric
 from ..search import SearchResult
 from ..similarity import SIMILARITIES
 from ..statistics import paired_difference
 from .methods import losses_of
+from .repair_study import NONE, repaired_losses
 from .search_study import OURS
 from .writing import repeated_shares
 
@@ -31,6 +34,7 @@ MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
+LINEAR = "linear"  # the repair that is shown
 LIMIT = 0.5  # nats per token: the increase at which a method is said to fall off
 
 
@@ -126,6 +130,63 @@ def repetition_table(
             shares[drop_set] = float(repeated_shares(model, prompts, n_new).mean())
     rows = [(kind, n, costs[kind, n], shares[drop_set]) for (kind, n), drop_set in sets.items()]
     return pd.DataFrame(rows, columns=["kind", "n_dropped", "increase", "repetition"])
+
+
+def repaired_table(
+    model: PreTrainedModel,
+    held_out: Mapping[str, Int[Tensor, "window token"]],
+    orders: Mapping[tuple[str, str], SearchResult],
+    text: Int[Tensor, "sequence position"],
+    points: int,
+) -> pd.DataFrame:
+    """The cost of the beginnings of lazy greedy's orders of attention layers and of MLPs, bare and with a linear repair.
+
+    Args:
+        held_out: domain -> windows, as many and as long of each.
+        text: that the repair is fitted on, in open loop, so that one fit serves all beginnings.
+    Returns:
+        kind, domain, n_dropped, bare and repaired (loss increase over the dense model), saved (by the repair), low, high (paired
+        over windows), nats per token.
+    """
+    rows = []
+    for kind in (kind for kind in ("attention", "mlp") if (kind, OURS) in orders):
+        order = orders[kind, OURS].order
+        sets = {n: tuple(sorted(order[:n])) for n in counts_of(order, points)[1:]}
+        losses = repaired_losses(model, held_out, sets.values(), {NONE: None, LINEAR: repair(model, order, text, LINEAR)})
+        for domain, (n, drop_set) in product(held_out, sets.items()):
+            bare, repaired = (losses[name, domain][drop_set].nll.to_numpy() for name in (NONE, LINEAR))
+            dense = losses[NONE, domain][()].nll.mean()
+            costs = (bare.mean() - dense, repaired.mean() - dense)
+            rows.append((kind, domain, n, *costs, *paired_difference(bare, repaired)))
+    return pd.DataFrame(rows, columns=["kind", "domain", "n_dropped", "bare", "repaired", "saved", "low", "high"])
+
+
+def repaired_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Loss increase by lazy greedy, bare (line) and repaired (dashes), a panel per kind, a colour per domain."""
+    kinds = list(dict.fromkeys(table.kind))
+    figure, axes = headed_panels(title, len(kinds), 2.9)
+    for axis, kind in zip(axes, kinds, strict=True):
+        domains = table[table.kind == kind].groupby("domain", sort=False)
+        for (domain, rows), colour in zip(domains, KIND_COLOURS.values(), strict=False):
+            for column, dash in (("bare", "-"), ("repaired", "--")):
+                axis.plot(rows.n_dropped, rows[column], dash, color=colour, label=f"{domain}, {column}")
+        axis.set_title(NAMES[kind], loc="left")
+        axis.set_xlabel("sub-blocks dropped")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.spines[["top", "right"]].set_visible(False)
+        label_ends(axis)
+    axes[0].set_ylabel("loss increase (nats per token)")
+    return figure
+
+
+def repaired_title(table: pd.DataFrame) -> str:
+    """What the repair saves at the largest number of each kind, by domain, as a sentence."""
+    parts = []
+    for kind, rows in table.groupby("kind", sort=False):
+        last = rows[rows.n_dropped == rows.n_dropped.max()]
+        saved = ", ".join(f"{row.saved:.2f} on {row.domain}" for row in last.itertuples())
+        parts.append(f"{last.n_dropped.iloc[0]} {NAMES[kind]}: {saved}")
+    return f"Nats that a linear repair saves without {'; '.join(parts)}"
 
 
 def falls_off(table: pd.DataFrame, limit: float = LIMIT) -> pd.DataFrame:
