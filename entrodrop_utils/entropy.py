@@ -14,7 +14,7 @@ from contextvars import ContextVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
@@ -70,7 +70,7 @@ def _identity(argument: Tensor | Hashable) -> Hashable:
     return argument.data_ptr(), argument.shape, argument.stride(), argument.dtype, argument.device
 
 
-ROWS, COLUMNS = 64, 2048  # of a block of a product of states on a CPU
+ROWS, COLUMNS = 64, 1024  # of a block of a product of states on a CPU
 COUNTERS = 10_240  # histogram bins that are counted at a time on a CPU
 # Above so many dimensions, KNN radii come from float32 products on a CPU (a GPU may give these fewer digits), unless a squared
 # radius is below this share of its token's squared norm: radii then keep five digits, and the mean of their logarithms seven.
@@ -79,31 +79,35 @@ WIDE, CLOSE = 1024, 0.01
 
 @once
 def _products(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> Float[Tensor, "*batch token token"]:
-    """Products of the centred tokens with each other, multiplied and summed in a dtype, returned in float64."""
+    """Products of the centred tokens with each other, multiplied and summed in a dtype.
+
+    In float32, which serves distances alone, the centre is the mean of every eighth token: distances need one near the tokens only.
+    """
     *batch, tokens, dim = x.shape
-    mean = x.mean(-2, keepdim=True, dtype=dtype)
+    mean = (x[..., 1::8, :] if dtype == torch.float32 else x).mean(-2, keepdim=True, dtype=dtype)
     if x.device.type != "cpu":
         centred = x - mean
-        return (centred @ centred.mT).double()
-    # The product is symmetric: what is below the diagonal is copied. A part of the dimensions is centred at a time, so that it
+        return centred @ centred.mT
+    # The product is symmetric: what is above the diagonal is copied. A part of the dimensions is centred at a time, so that it
     # stays in the processor's cache; its rows are no power of two apart, so that they do not displace each other there.
     grams = torch.zeros(math.prod(batch), tokens, tokens, dtype=dtype)
-    width = min(dim, COLUMNS)
-    memory = torch.empty(tokens, width + 16, dtype=dtype)
+    width = math.ceil(dim / math.ceil(dim / COLUMNS))
+    centred = torch.empty(tokens, width + 16, dtype=dtype)[:, :width]
     for gram, state, centre in zip(grams, x.detach().reshape(-1, tokens, dim), mean.view(-1, 1, dim), strict=True):
-        for start in range(0, dim, width):
-            part = slice(start, min(start + width, dim))
-            centred = torch.sub(state[:, part], centre[:, part], out=memory[:, : part.stop - start])
-            for row in range(0, tokens, ROWS):
-                gram[row : row + ROWS, row:].addmm_(centred[row : row + ROWS], centred[row:].T)
+        blocks = [(gram[row:, row : row + ROWS], centred[row:], centred[row : row + ROWS].T) for row in range(0, tokens, ROWS)]
+        for part, part_centre in zip(state.split(width, -1), centre.split(width, -1), strict=True):
+            torch.sub(part, part_centre, out=centred[:, : part.shape[-1]])
+            centred[:, part.shape[-1] :] = 0  # the last part may be narrower
+            for block, rows, columns in blocks:
+                block.addmm_(rows, columns)
         for row in range(ROWS, tokens, ROWS):
-            gram[row : row + ROWS, :row] = gram[:row, row : row + ROWS].T
-    return grams.view(*batch, tokens, tokens).double()
+            gram[:row, row : row + ROWS] = gram[row : row + ROWS, :row].T
+    return grams.view(*batch, tokens, tokens)
 
 
 @once
 def _distances(x: Float[Tensor, "*batch token dim"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Squared distances (token token) and the squared norms of the centred tokens, from products in a dtype."""
+    """Squared distances (token token) and the squared norms of the centred tokens, in a dtype."""
     gram = _products(x, dtype)
     norm = gram.diagonal(dim1=-2, dim2=-1)
     return torch.add(norm.unsqueeze(-1) + norm.unsqueeze(-2), gram, alpha=-2), norm
@@ -186,29 +190,27 @@ def knn(x: Num[Tensor, "*batch token dim"], k: int = 25, official: bool = False)
     if not 1 <= k < tokens or k % 1:
         raise ValueError(f"k must be a whole number between 1 and token - 1 = {tokens - 1}, got {k}")
     k = int(k)
-    rank = torch.full(x.shape[:-1], k, device=x.device)  # rank 0 is the token itself
+    rank = torch.tensor(k, device=x.device)
     fast = x.dtype == torch.float32 and x.device.type == "cpu" and dim > WIDE
     d2, norm = _distances(x, torch.float32 if fast else torch.float64)
-    nearest = _ranked(d2, rank)
+    nearest = _ranked(d2, k)  # rank 0 is the token itself
     if not (nearest > CLOSE * norm).all():  # close or equal tokens, or NaN
         d2 = squared_distances(_checked(x))
         rank = (d2 == 0).sum(-1).clamp(min=k)  # the first neighbour that differs, or k
         if (rank == tokens).any():
             raise ValueError(f"all {tokens} tokens of a sequence are identical: their differential entropy is minus infinity")
-        nearest = _ranked(d2, rank)
-    log_radius = 0.5 * nearest.log()
+        nearest = d2.sort(-1).values.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+    log_radius = 0.5 * nearest.double().log()
     count = (lambda n: n.double().log()) if official else (lambda n: torch.special.digamma(n.double()))
     log_ball = 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim + 1)
     return (dim * log_radius - count(rank)).mean(-1) + log_ball + count(torch.tensor(tokens, device=x.device))
 
 
-def _ranked(values: Float[Tensor, "*row column"], rank: Int[Tensor, "*row"]) -> Float[Tensor, "*row"]:
+def _ranked(values: Float[Tensor, "*row column"], rank: int) -> Float[Tensor, "*row"]:
     """The element of each row with that rank, from 0."""
     if values.device.type == "cpu" and not values.requires_grad:  # numpy selects with vector instructions, in a fifth of the time
-        rows = torch.from_numpy(np.partition(values.numpy(), rank.unique().numpy(), axis=-1))
-    else:
-        rows = values.topk(int(rank.max()) + 1, largest=False).values
-    return rows.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+        return torch.from_numpy(np.partition(values.numpy(), rank, axis=-1)[..., rank])
+    return values.topk(rank + 1, largest=False).values[..., rank]
 
 
 def renyi(x: Num[Tensor, "*batch token dim"], alpha: float = 4.0) -> Float[Tensor, "*batch"]:
@@ -243,7 +245,7 @@ def _log_kernel(x: Float[Tensor, "*batch token dim"]) -> Float[Tensor, "*batch t
     # The matrix holds each pair twice, and its diagonal of zeros: the lower median of the pairs is this element of it
     tokens = x.shape[-2]
     middle = tokens + 2 * ((tokens * (tokens - 1) // 2 - 1) // 2)
-    sigma2 = _ranked(d2.flatten(-2).unsqueeze(-2), torch.full((*x.shape[:-2], 1), middle, device=x.device)).squeeze(-1)
+    sigma2 = _ranked(d2.flatten(-2), middle)
     # sigma = 0: more than half of the pairs coincide; only they keep K = 1, whatever the bandwidth
     return torch.where(d2 > 0, -d2 / (2 * sigma2[..., None, None]), 0.0)
 

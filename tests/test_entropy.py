@@ -103,6 +103,8 @@ def spoilt(how: str, tokens: int = 96, dim: int = 2048) -> Tensor:
     x = normal(tokens, dim, seed=5).float()
     if how == "one far token":
         x[0, :3] = 3e5
+    elif how == "every eighth token far":  # the centre of float32 products
+        x[1::8] += 1e4
     elif how == "all but equal":
         x = x[:1] + 1e-4 * x
     elif how == "shifted":
@@ -119,7 +121,7 @@ def spoilt(how: str, tokens: int = 96, dim: int = 2048) -> Tensor:
 
 
 HARD = (
-    "nothing", "one far token", "all but equal", "shifted", "equal tokens", "past the squares of float32",
+    "nothing", "one far token", "every eighth token far", "all but equal", "shifted", "equal tokens", "past the squares of float32",
     "a large shared dimension", "two clusters",
 )  # fmt: skip
 
