@@ -197,7 +197,7 @@ def falls_off(table: pd.DataFrame, limit: float = LIMIT) -> pd.DataFrame:
     """
     rows = [
         of_method[(of_method.increase > limit).cumsum() == 0].iloc[-1]
-        for _, of_method in table.sort_values("n_dropped").groupby(["kind", "method"], sort=False)
+        for _, of_method in table.sort_values("n_dropped", kind="stable").groupby(["kind", "method"], sort=False)
     ]
     columns = ["kind", "method", "n_dropped", "parameters", "cache", "increase", "low", "high"]
     return pd.DataFrame(rows)[columns].reset_index(drop=True)
