@@ -1,5 +1,7 @@
 """The table of generated answers: each pruned model's own, against plain counts; it grows on the disk."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from tiny_llama import tiny_llama
 
 from entrodrop_utils.cached_scoring import cached_score
 from entrodrop_utils.dropping import dropped
+from entrodrop_utils.repairing import repair
 from entrodrop_utils.residual import SubBlock
 from entrodrop_utils.selection import one_shot
 from entrodrop_utils.studies import writing as study
@@ -22,8 +25,9 @@ def text_of(source: str, part: str, tokenizer, n: int, tokens: int) -> torch.Ten
 def test_every_row_is_of_the_pruned_model_that_it_names(tmp_path, monkeypatch):
     asked = []
 
-    def scored(model, tokenizer, tasks, sets, limit):
+    def scored(model, tokenizer, tasks, sets, limit, repaired):
         asked.append(sets[0])
+        assert (repaired is None) == (len(asked) <= 5)
         right = [n < 7 - len(sets[0]) for n in range(limit)]
         items = [(sets[0], "sums", "sums", m, i, float(v)) for m in ("strict", "flexible") for i, v in enumerate(right)]
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
@@ -34,6 +38,7 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tmp_path, monkeypatch):
         "task_scores_by_set": scored,
         "RESULTS": tmp_path,
         "SCORED": (2, 40),
+        "FITTED": (8, 16),
         "PROMPTS": (3, 8),
         "NEW": 12,
         "FRACTIONS": (0.34, 0.5),
@@ -43,15 +48,20 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tiny" / study.FILE), table, rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
     expected = [(), *(tuple(sorted(one_shot(scores, m, "attention", n))) for n in (2, 3) for m in study.METRICS)]
-    assert asked == expected and table.task_metric.tolist() == ["strict", "flexible"] * 5
+    expected.append(expected[1])
+    assert asked == expected and table.task_metric.tolist() == ["strict", "flexible"] * 6
+    assert table.metric.iloc[-1] == "cosine, repaired"
+    fitted = repair(tiny_llama(), expected[1], text_of("", "calibration", None, 8, 16))
     for row, drop_set in zip(table.iloc[::2].itertuples(), expected, strict=True):
         assert row.n_dropped == len(drop_set) and row.value == (7 - len(drop_set)) / 10
         test = stats.binomtest(7 - len(drop_set), 10).proportion_ci(method="wilson")
         assert (row.low, row.high) == pytest.approx((test.low, test.high))
-        with dropped(tiny_llama(), drop_set) as smaller:
+        with dropped(tiny_llama(), drop_set, fitted if "repaired" in row.metric else None) as smaller:
             ids = text_of("", "evaluation", None, 3, 8)
             for _ in range(12):
-                ids = torch.cat([ids, smaller(ids).logits[:, -1:].argmax(-1)], 1)
+                logits = smaller(ids).logits[:, -1:]
+                logits[..., smaller.config.eos_token_id] = -math.inf  # a continuation has all its tokens
+                ids = torch.cat([ids, logits.argmax(-1)], 1)
         runs = [[tuple(text[i : i + 4]) for i in range(9)] for text in ids[:, 8:].tolist()]
         assert row.repeated == pytest.approx(np.mean([1 - len(set(pieces)) / len(pieces) for pieces in runs]))
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cached_scoring import cached_score
 from ..claims import published_figures
-from ..dropping import dropped
+from ..dropping import Repair, dropped
 from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
 from ..files import write_text
@@ -25,6 +25,7 @@ from ..layerwise import DropSet
 from ..models import load_model
 from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
+from ..repairing import repair
 from ..selection import count_of, one_shot
 from ..statistics import interval_text, mean_interval, share_interval
 from ..tasks import task_scores_by_set
@@ -34,7 +35,8 @@ from .speed import device_name
 N_GRAM = 4  # tokens of the pieces whose repetition is counted
 FRACTIONS = (0.125, 0.25, 0.375)  # of the attention layers
 METRICS = ("cosine", "bucket")
-SCORED, PROMPTS, NEW = (24, 256), (24, 64), 64  # calibration windows; prompts of evaluation text; tokens that continue them
+SCORED, FITTED = (24, 256), (20, 256)  # calibration windows of the scores and of the linear repair
+PROMPTS, NEW = (24, 64), 64  # prompts of evaluation text; tokens that continue them
 FILE = "generation.csv"
 COLUMNS = ["metric", "n_dropped", "n_layers", "task", "task_metric", "items", "value", "low", "high"]
 COLUMNS += ["repeated", "repeated_low", "repeated_high", "prompts", "precision", "device"]
@@ -59,18 +61,21 @@ def generated(
     task: str,
     items: int,
     prompts: Int[Tensor, "prompt token"],
+    repaired: Repair | None = None,
 ) -> list[dict[str, object]]:
     """One row for each metric of the task: task, task_metric, items, value (share of right answers) with Wilson's interval, and the
     mean repeated share of greedy continuations with its interval over prompts.
 
+    Args:
+        repaired: what stands in place of the dropped sub-blocks.
     Raises:
         ValueError: a task that does not exist.
         RuntimeError: its data are not on this machine.
     """
-    scores, answers = task_scores_by_set(model, tokenizer, [task], [drop_set], items)
+    scores, answers = task_scores_by_set(model, tokenizer, [task], [drop_set], items, repaired)
     if answers.empty:
         raise RuntimeError(f"{task} was not measured: {scores.note.iloc[0]}")
-    with dropped(model, drop_set):
+    with dropped(model, drop_set, repaired):
         repeated = mean_interval(repeated_shares(model, prompts, NEW))
     rows = []
     for metric, of_metric in answers.groupby("metric", sort=False):
@@ -90,17 +95,24 @@ def attention_choices(
 
 
 def generation(name: str, task: str, items: int, precision: str) -> pd.DataFrame:
-    """Measure a model and write the table as it grows: ``COLUMNS``, with the weights in ``precision`` while it writes."""
+    """Measure a model and write the table as it grows: ``COLUMNS``, with the weights in ``precision`` while it writes.
+
+    The last rows are of the first metric's smallest choice with a linear repair: "cosine, repaired".
+    """
     model, tokenizer = load_model(name)
     scores = cached_score(model, windows(DEFAULT_TEXT, "calibration", tokenizer, *SCORED), METRICS, ["attention"])
     n_layers = len(decoder_layers(model))
+    choices = attention_choices(scores, n_layers, METRICS, FRACTIONS)
+    first, fewest = METRICS[0], count_of(min(FRACTIONS), n_layers)
+    mended = f"{first}, repaired"
+    choices[mended, fewest] = choices[first, fewest]
+    repairs = {mended: repair(model, choices[first, fewest], windows(DEFAULT_TEXT, "calibration", tokenizer, *FITTED))}
     del model  # a large one is in memory once
     model, _ = load_model(name, dtype=precision)
-    prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
-    choices, rows = attention_choices(scores, n_layers, METRICS, FRACTIONS), []
+    prompts, rows = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS), []
     for (metric, n), drop_set in choices.items():
         own = {"metric": metric, "n_dropped": n, "n_layers": n_layers, "precision": precision, "device": device_name(model.device)}
-        rows += [own | row for row in generated(model, tokenizer, drop_set, task, items, prompts)]
+        rows += [own | row for row in generated(model, tokenizer, drop_set, task, items, prompts, repairs.get(metric))]
         table = pd.DataFrame(rows, columns=COLUMNS)
         write_text(RESULTS / slug(name) / FILE, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return table
