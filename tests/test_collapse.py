@@ -136,17 +136,12 @@ def numbers(kept: dict[str, list[tuple]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "n_dropped", "n_layers", "ability", "kept", "low", "high"])
 
 
-def test_what_is_lost_first_and_whether_it_is_decided():
+def test_the_sentence_is_of_the_number_where_the_likelihood_falls_below_half():
     one = (1.0, 1.0, 1.0)
     table = numbers({
         "likelihood": [one, (0.9, 0.8, 1.0), (0.4, 0.3, 0.6)],
         "recall over 128 tokens": [one, (0.2, 0.1, 0.3), (0.1, 0.0, 0.2)],
         "varied text": [one, (0.9, 0.8, 1.0), (0.7, 0.6, 0.8)],
     })  # fmt: skip
-    lost = study.losing_half(table).set_index("ability")
-    assert lost.n_dropped.fillna(-1).to_dict() == {"recall over 128 tokens": 4, "likelihood": 8, "varied text": -1}
-    assert lost.verdict.to_dict() == {"recall over 128 tokens": "lost", "likelihood": "undecided", "varied text": "kept"}
-    assert "4 dropped by lazy greedy halve recall over 128 tokens first" in study.collapse_title(table)
     (line,) = study.collapse_sentences(table)
     assert line.index("recall over 128 tokens 0.10 [0.00, 0.20]") < line.index("likelihood 0.40") and ", 8 of 30 " in line
-    assert len(study.collapse_figure(table, "A title").axes) == 1

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +18,6 @@ from .. import cache, search
 from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.self_check import measuring
-from ..figures import headed_panels, label_ends
 from ..files import write_text
 from ..layerwise import DropSet, set_name
 from ..models import load_model
@@ -180,56 +178,6 @@ def committed_collapse(name: str) -> pd.DataFrame | None:
     """The committed table of a model; None where it has not been measured."""
     path = RESULTS / slug(name) / FILE
     return pd.read_csv(path) if path.exists() else None
-
-
-def losing_half(table: pd.DataFrame) -> pd.DataFrame:
-    """The first measured number at which each ability keeps less than half of the dense model's value, by method.
-
-    Returns:
-        method, ability, n_dropped (missing where it never does), kept, low, high (there, or at the largest number), verdict: lost
-        where the interval is below a half, kept where it is above it, undecided between.
-    """
-    rows = []
-    for (method, ability), of_ability in table.groupby(["method", "ability"], sort=False):
-        of_ability = of_ability.sort_values("n_dropped")
-        below = of_ability[of_ability.kept < HALF]
-        row = (below if len(below) else of_ability.tail(1)).iloc[0]
-        word = "lost" if row.high < HALF else "kept" if row.low > HALF else "undecided"
-        rows.append((method, ability, row.n_dropped if len(below) else np.nan, row.kept, row.low, row.high, word))
-    columns = ["method", "ability", "n_dropped", "kept", "low", "high", "verdict"]
-    return pd.DataFrame(rows, columns=columns).sort_values(["method", "n_dropped", "kept"], ignore_index=True)
-
-
-def collapse_title(table: pd.DataFrame) -> str:
-    """What goes first and what stays longest by lazy greedy, as a sentence."""
-    rows = losing_half(table)
-    rows = rows[rows.method == OURS]
-    lost = rows.dropna(subset="n_dropped")
-    n_layers = table.n_layers.iloc[0]
-    if lost.empty:
-        return f"Up to {table.n_dropped.max()} of {n_layers} attention layers, every ability keeps half of its value"
-    first = lost[lost.n_dropped == lost.n_dropped.min()]
-    names = " and ".join(first.ability)
-    return f"Of {n_layers} attention layers, {first.n_dropped.iloc[0]:.0f} dropped by {OURS} halve {names} first"
-
-
-def collapse_figure(table: pd.DataFrame, title: str) -> Figure:
-    """The share of the dense model's value that is kept against the number of attention layers dropped, a panel per method."""
-    methods = list(dict.fromkeys(table.method))
-    figure, axes = headed_panels(title, len(methods), 3.0, sharey=True)
-    colours = {LIKELIHOOD: "#000000", TASK: "#009E73", VARIED: "#8a8a8a"}
-    blues = iter(("#9ecae1", "#4292c6", "#084594"))
-    for axis, method in zip(axes, methods, strict=True):
-        for ability, rows in table[table.method == method].groupby("ability", sort=False):
-            colour = colours.setdefault(ability, next(blues, "#084594")) if ability not in colours else colours[ability]
-            rows = rows.sort_values("n_dropped")
-            axis.plot(rows.n_dropped, rows.kept, color=colour, marker=".", label=ability)
-            axis.fill_between(rows.n_dropped, rows.low, rows.high, color=colour, alpha=0.12, linewidth=0)
-        axis.axhline(HALF, color="#8a8a8a", linewidth=0.8, linestyle=":")
-        axis.set(title=method, ylim=(-0.05, 1.25), xlabel="attention layers dropped")
-    axes[0].set_ylabel("share of the dense model's value")
-    label_ends(axes[-1])
-    return figure
 
 
 def collapse_sentences(table: pd.DataFrame) -> list[str]:
