@@ -37,6 +37,12 @@ def measured_models(device: str = "cpu") -> dict[str, pd.DataFrame]:
     return {path.parent.name: pd.read_csv(path) for path in sorted(RESULTS.glob(f"*/speed-{device}.csv"))}
 
 
+def longest_prompt(name: str, device: str = "cpu", batch: int = 1) -> pd.DataFrame | None:
+    """The committed speeds of a model at its longest measured prompt; None where there are none."""
+    table = measured_models(device).get(slug(name))
+    return None if table is None else setting(table, batch, table[table.batch == batch].tokens.max())
+
+
 def setting(table: pd.DataFrame, batch: int, tokens: int) -> pd.DataFrame:
     """The rows of one batch size and prompt length."""
     return table[(table.batch == batch) & (table.tokens == tokens)].reset_index(drop=True)

@@ -34,6 +34,7 @@ MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
+RESOURCES = {"parameters": "parameters of the layers", "cache": "KV cache", "time": "decoding time"}  # column -> name
 LINEAR = "linear"  # the repair that is shown
 LIMIT = 0.5  # nats per token: the increase at which a method is said to fall off
 
@@ -212,8 +213,29 @@ def loss_by_share(table: pd.DataFrame, shares: Sequence[float] = (0.125, 0.25, 0
     return pd.DataFrame(columns)
 
 
+def with_time(table: pd.DataFrame, speeds: pd.DataFrame | None) -> pd.DataFrame:
+    """The table with the column ``time``, the share of the dense model's decoding time that each set saves.
+
+    Layers of one shape take the same time, so a sub-block saves what those of its kind save each, by least squares through the
+    origin over the measured numbers.
+
+    Args:
+        speeds: of one batch size and prompt length, as ``speed_table`` returns them; without any, the table is returned as it is.
+    """
+    if speeds is None:
+        return table
+    pruned = speeds[speeds.kind != "dense"].assign(saved=1 - 1 / speeds.decode_speedup)
+    each = {kind[0]: (of.n_dropped * of.saved).sum() / (of.n_dropped**2).sum() for kind, of in pruned.groupby("kind")}
+    return table.assign(time=[sum(each[name[0]] for name in names.split()) for names in table.dropped])
+
+
+def resources(table: pd.DataFrame) -> list[str]:
+    """The columns of the table that are saved by dropping: of ``RESOURCES``, those that it has."""
+    return [resource for resource in RESOURCES if resource in table]
+
+
 def pareto(table: pd.DataFrame, resource: str) -> pd.DataFrame:
-    """The rows that no other row of the table beats: none drops as much of the resource (``parameters``, ``cache``) for less."""
+    """The rows that no other row of the table beats: none saves as much of the resource (of ``RESOURCES``) for less."""
     rows = table.sort_values([resource, "increase"], ascending=[False, True])
     return rows[rows.increase < rows.increase.cummin().shift(fill_value=np.inf)].sort_values(resource)
 
@@ -242,10 +264,10 @@ def tradeoff_figure(table: pd.DataFrame, title: str) -> Figure:
 
 
 def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
-    """The increase of the loss by lazy greedy against the share of parameters and of the KV cache dropped, a line per kind."""
-    figure, axes = headed_panels(title, 2, 2.9, sharey=True)
+    """The increase of the loss by lazy greedy against the share of each resource that is saved, a panel each, a line per kind."""
+    figure, axes = headed_panels(title, len(resources(table)), 2.9, sharey=True)
     ours = table[(table.method == OURS) & (table.n_dropped > 0)]
-    for axis, (resource, name) in zip(axes, {"parameters": "parameters of the layers", "cache": "KV cache"}.items(), strict=True):
+    for axis, resource in zip(axes, resources(table), strict=True):
         for kind, rows in ours.groupby("kind", sort=False):
             rows = rows[rows[resource] > 0]
             if resource == "cache" and kind == MIXED:
@@ -253,7 +275,7 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
             if len(rows):
                 look = {"color": KIND_COLOURS[kind], "marker": KIND_MARKERS[kind], "label": NAMES[kind]}
                 axis.plot(100 * rows[resource], rows.increase.clip(lower=1e-3), **look)
-        axis.set(xlabel=f"% of the {name} dropped", ylim=(0.01, 20), xlim=(0, 110 * ours[resource].max()))
+        axis.set(xlabel=f"% of the {RESOURCES[resource]} saved", ylim=(0.01, 20), xlim=(0, 110 * ours[resource].max()))
     log_axis(axes[0])
     axes[0].set_ylabel("loss increase (nats per token)")
     axes[0].legend(fontsize=8, loc="lower right")
@@ -285,7 +307,11 @@ def pareto_title(table: pd.DataFrame) -> str:
     weights, cache = (cheap.loc[cheap[resource].idxmax()] for resource in ("parameters", "cache"))
     what = "" if cache.kind == weights.kind else f"{NAMES[cache.kind]} "
     saved = f"{NAMES[weights.kind]} save {weights.parameters:.0%} of the layers' parameters"
-    return f"Below {LIMIT:g} nats, {saved} or {what}{cache.cache:.0%} of the KV cache at most"
+    title = f"Below {LIMIT:g} nats, {saved} or {what}{cache.cache:.0%} of the KV cache at most"
+    if "time" not in table:
+        return title
+    fastest = cheap.loc[cheap.time.idxmax()]
+    return f"{title}, {NAMES[fastest.kind]} {fastest.time:.0%} of the time"
 
 
 def tradeoff_details(limits: pd.DataFrame, repeated: pd.DataFrame) -> str:
