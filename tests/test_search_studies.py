@@ -200,7 +200,7 @@ def test_repetition_of_the_dense_model_and_sentences(traded):
     limits = tradeoff.falls_off(table)
     assert len(limits) == len(orders) and "lazy greedy drops" in tradeoff.tradeoff_title(limits)
     assert tradeoff.tradeoff_details(limits, repeated).count("\n- ") == 4
-    assert tradeoff.pareto_title(table).endswith("of the KV cache at most")
+    assert tradeoff.pareto_title(table).endswith("of the KV cache")
     assert tradeoff.tradeoff_figure(table, "A title").axes and len(tradeoff.pareto_figure(table, "A title").axes) == 2
 
 
@@ -216,7 +216,7 @@ def test_a_set_saves_the_time_that_its_sub_blocks_took(traded):
         kinds = [next(kind for kind in of_dense if kind[0] == name[0]) for name in row.dropped.split()]
         assert row.time == pytest.approx(sum(of_dense[kind] for kind in kinds))
     assert tradeoff.with_time(table, None) is table and tradeoff.resources(timed) == ["parameters", "cache", "time"]
-    assert tradeoff.pareto_title(timed).endswith("of the time")
+    assert tradeoff.pareto_title(timed).endswith("of the decoding time")
     assert len(tradeoff.pareto_figure(timed, "A title").axes) == 3
 
 

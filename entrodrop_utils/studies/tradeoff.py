@@ -34,7 +34,7 @@ MIXED = "mixed"
 KINDS_OF = {"attention": "attention", "mlp": "mlp", "block": "block", MIXED: ("attention", "mlp")}
 NAMES = {"attention": "attention layers", "mlp": "MLPs", "block": "blocks", MIXED: "mixed sub-blocks"}
 METHOD_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
-RESOURCES = {"parameters": "parameters of the layers", "cache": "KV cache", "time": "decoding time"}  # column -> name
+RESOURCES = {"parameters": "layers' parameters", "cache": "KV cache", "time": "decoding time"}  # column -> name
 LINEAR = "linear"  # the repair that is shown
 LIMIT = 0.5  # nats per token: the increase at which a method is said to fall off
 
@@ -208,7 +208,8 @@ def loss_by_share(table: pd.DataFrame, shares: Sequence[float] = (0.125, 0.25, 0
     """The loss increase of every kind and method (rows) at the measured count next to each share of the largest one (columns)."""
     columns = {}
     for share in shares:
-        rows = [of.iloc[(of.n_dropped - share * of.n_dropped.max()).abs().argmin()] for _, of in table.groupby(["kind", "method"])]
+        lines = table.groupby(["kind", "method"], sort=False)
+        rows = [of.iloc[(of.n_dropped - share * of.n_dropped.max()).abs().argmin()] for _, of in lines]
         columns[f"{share:.1%}"] = pd.DataFrame(rows).set_index(["kind", "method"]).increase
     return pd.DataFrame(columns)
 
@@ -275,7 +276,7 @@ def pareto_figure(table: pd.DataFrame, title: str) -> Figure:
             if len(rows):
                 look = {"color": KIND_COLOURS[kind], "marker": KIND_MARKERS[kind], "label": NAMES[kind]}
                 axis.plot(100 * rows[resource], rows.increase.clip(lower=1e-3), **look)
-        axis.set(xlabel=f"% of the {RESOURCES[resource]} saved", ylim=(0.01, 20), xlim=(0, 110 * ours[resource].max()))
+        axis.set(xlabel=f"% of {RESOURCES[resource]} saved", ylim=(0.01, 20), xlim=(0, 110 * ours[resource].max()))
     log_axis(axes[0])
     axes[0].set_ylabel("loss increase (nats per token)")
     axes[0].legend(fontsize=8, loc="lower right")
@@ -302,16 +303,18 @@ def tradeoff_title(limits: pd.DataFrame) -> str:
 
 
 def pareto_title(table: pd.DataFrame) -> str:
-    """Which kind saves most of each resource below the limit, by lazy greedy, as a sentence."""
+    """Which kind saves most of each resource up to the limit, by lazy greedy, as a sentence."""
     cheap = table[(table.method == OURS) & (table.increase <= LIMIT)]
     weights, cache = (cheap.loc[cheap[resource].idxmax()] for resource in ("parameters", "cache"))
     what = "" if cache.kind == weights.kind else f"{NAMES[cache.kind]} "
     saved = f"{NAMES[weights.kind]} save {weights.parameters:.0%} of the layers' parameters"
-    title = f"Below {LIMIT:g} nats, {saved} or {what}{cache.cache:.0%} of the KV cache at most"
-    if "time" not in table:
-        return title
-    fastest = cheap.loc[cheap.time.idxmax()]
-    return f"{title}, {NAMES[fastest.kind]} {fastest.time:.0%} of the time"
+    others = [f"{what}{cache.cache:.0%} of the KV cache"]
+    if "time" in table:
+        fastest = cheap.loc[cheap.time.idxmax()]
+        others.append(
+            ("" if fastest.kind == cache.kind else f"{NAMES[fastest.kind]} ") + f"{fastest.time:.0%} of the decoding time"
+        )
+    return f"At most {LIMIT:g} nats: {saved}, {' and '.join(others)}"
 
 
 def tradeoff_details(limits: pd.DataFrame, repeated: pd.DataFrame) -> str:
