@@ -32,7 +32,7 @@ from entrodrop_utils.tasks import harness, local_tasks
 
 SHAPES = ((256, 192), (256, 576), (256, 4096), (256, 8192), (2048, 576))  # tokens, dimensions
 SMALL, MIDDLE, LARGE = 256 * 576, 256 * 4096, 256 * 8192  # elements of the largest state that a reference is given
-TASK = ("docs_continuation", 40)  # and its number of items
+TASK = ("minimal_pairs_agreement_simple", 30)  # and its number of items
 Row = dict[str, object]
 
 
@@ -162,12 +162,12 @@ def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
 
 
 def task_run(model: PreTrainedModel, name: str) -> Iterator[Row]:
-    """A task's accuracy of four nested sets: lm-evaluation-harness itself on one model after another, and all of them at once."""
+    """A task's accuracy of three nested sets: lm-evaluation-harness itself on one model after another, and all of them at once."""
     if name in speed.SHAPES:  # without a tokenizer
         return
     tokenizer, (task, limit) = load_model(name)[1], TASK
     deepest = find(model, "attention")[::-1]
-    sets = [deepest[:n] for n in (0, 4, 8, 11)]
+    sets = [deepest[:n] for n in (0, 5, 10)]
     manager = lm_eval.tasks.TaskManager(include_path=str(local_tasks.build_tasks()), include_defaults=False)
     with harness.quiet_harness():
         whole = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
@@ -187,7 +187,7 @@ def task_run(model: PreTrainedModel, name: str) -> Iterator[Row]:
 
     np.testing.assert_allclose(at_once(), one_by_one(), atol=1.5 / limit)  # an item whose choices tie within rounding may change
     timed = speed.side_by_side(one_by_one, at_once, rounds=3, threads=torch.get_num_threads(), least=0.01)
-    yield _row(f"{task} of 4 nested sets", f"{name}, {limit} items", "lm-evaluation-harness, one set after another", timed)
+    yield _row(f"{task} of 3 nested sets", f"{name}, {limit} items", "lm-evaluation-harness, one set after another", timed)
 
 
 def compiled_decoding(model: PreTrainedModel, name: str) -> Iterator[Row]:
