@@ -4,35 +4,30 @@ The references are the published formulas, written plainly here, and other libra
 """
 
 import argparse
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
-import lm_eval.models.huggingface
 import numpy as np
 import pandas as pd
 import scipy.spatial
 import torch
 from scipy import stats
 from sklearn.metrics.pairwise import paired_cosine_distances
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from entrodrop_utils import cache, entropy, evaluation, scoring, similarity, tasks
+from entrodrop_utils import cache, entropy, evaluation, scoring, similarity
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.files import write_text
-from entrodrop_utils.models import load_model
 from entrodrop_utils.paths import RESULTS
 from entrodrop_utils.progress import progress
 from entrodrop_utils.residual import find
 from entrodrop_utils.statistics import Interval
 from entrodrop_utils.studies import speed
-from entrodrop_utils.tasks import harness, local_tasks
 
 SHAPES = ((256, 192), (256, 576), (256, 4096), (256, 8192), (2048, 576))  # tokens, dimensions
 SMALL, MIDDLE, LARGE = 256 * 576, 256 * 4096, 256 * 8192  # elements of the largest state that a reference is given
-TASK = ("minimal_pairs_agreement_simple", 30)  # and its number of items
 Row = dict[str, object]
 
 
@@ -161,54 +156,6 @@ def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
     yield _row("losses of 10 nested sets", f"{name}, 4 x 128 tokens", "a loop over the sets", timed)
 
 
-def task_run(model: PreTrainedModel, name: str) -> Iterator[Row]:
-    """A task's accuracy of three nested sets: lm-evaluation-harness itself on one model after another, and all of them at once."""
-    if name in speed.SHAPES:  # without a tokenizer
-        return
-    tokenizer, (task, limit) = load_model(name)[1], TASK
-    deepest = find(model, "attention")[::-1]
-    sets = [deepest[:n] for n in (0, 5, 10)]
-    manager = lm_eval.tasks.TaskManager(include_path=str(local_tasks.build_tasks()), include_defaults=False)
-    with harness.quiet_harness():
-        whole = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-
-    def one_by_one() -> list[float]:
-        values = []
-        for drop_set in sets:
-            with harness.quiet_harness(), dropped(model, drop_set) if drop_set else contextlib.nullcontext():
-                result = lm_eval.simple_evaluate(whole, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0)
-            values.append(result["results"][task]["acc,none"])
-        return values
-
-    def at_once() -> list[float]:
-        with mock.patch.object(cache, "read", return_value=None), mock.patch.object(cache, "write"):
-            scores = tasks.task_scores_by_set(model, tokenizer, [task], sets, limit)[0]
-        return scores[scores.metric == "acc"].value.tolist()
-
-    np.testing.assert_allclose(at_once(), one_by_one(), atol=1.5 / limit)  # an item whose choices tie within rounding may change
-    timed = speed.side_by_side(one_by_one, at_once, rounds=3, threads=torch.get_num_threads(), least=0.01)
-    yield _row(f"{task} of 3 nested sets", f"{name}, {limit} items", "lm-evaluation-harness, one set after another", timed)
-
-
-def compiled_decoding(model: PreTrainedModel, name: str) -> Iterator[Row]:
-    """Greedy decoding with torch.compile and a static cache against eager decoding: dense, and without 37.5% of attention."""
-    ids = torch.randint(0, model.config.vocab_size, (1, 128), generator=torch.Generator().manual_seed(0)).to(model.device)
-    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
-    compilation = CompileConfig(fullgraph=False)
-    compilation._compile_all_devices = True  # transformers compiles on GPUs only, unless it is asked to
-    static = {"cache_implementation": "static", "compile_config": compilation}
-    layers = find(model, "attention")
-    for n in (0, round(0.375 * len(layers))):
-        torch.compiler.reset()
-        with dropped(model, layers[-n:]) if n else contextlib.nullcontext():
-            eager = functools.partial(model.generate, ids, pad_token_id=0, **settings)
-            compiled = functools.partial(eager, **static)
-            assert torch.equal(eager(), compiled())
-            timed = speed.side_by_side(eager, compiled, rounds=5, threads=torch.get_num_threads(), least=0.01)
-        what = f"decoding without {n} attention layers, torch.compile and static cache"
-        yield _row(what, f"{name}, 128 + 32 tokens", "eager, growing cache", timed)
-
-
 def growth() -> Iterator[Row]:
     """How time grows: the slope of log time over log size, 1 where it is proportional, with the interval of the regression."""
     x = {n: torch.randn(n, 1024) for n in (128, 256, 512, 1024, 2048)}
@@ -245,13 +192,14 @@ def main() -> None:
     chosen = parser.parse_args()
     device = torch.device(chosen.device).type
     model = speed.load_for_speed(chosen.model, chosen.device)
-    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets, task_run, compiled_decoding)]
+    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets)]
     rows = []
     for part in progress(of_model if device == "cuda" else [estimators, *of_model, growth], "bench"):
         for row in part():
             rows.append(row | {"device": speed.device_name(chosen.device), "torch": torch.__version__})
             write_text(RESULTS / f"bench-{device}.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.4g"))
-            print(f"{row['what']}, {row['setting']}, {row.get('reference', '')}: {Interval(*ends):.3g}", flush=True)
+            ratio = Interval(*(row.get(end, math.nan) for end in ("ratio", "low", "high")))
+            print(f"{row['what']}, {row['setting']}, {row.get('reference', '')}: {ratio:.3g}", flush=True)
 
 
 if __name__ == "__main__":
