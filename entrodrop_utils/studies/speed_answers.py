@@ -185,7 +185,7 @@ def published_speed() -> pd.DataFrame:
 
 
 def bench_table(table: pd.DataFrame, what: str, against: str = "", where: str = "") -> pd.DataFrame:
-    """The ratios of ``make bench`` whose name, reference and setting contain these patterns, with intervals."""
+    """The ratios of ``make bench`` whose name, reference and setting contain these patterns, with intervals and devices."""
     part = table[table.reference.notna()]
     for column, pattern in (("what", what), ("reference", against), ("setting", where)):
         part = part[part[column].str.contains(pattern)]
@@ -195,6 +195,7 @@ def bench_table(table: pd.DataFrame, what: str, against: str = "", where: str = 
             "against": part.reference,
             "ms": [f"{float(f'{ms:.3g}'):g}" for ms in part.ms],
             "times as fast": interval_text(part, ["ratio", "low", "high"], ".3g"),
+            "measured on": part.device,
         }
     ).set_index(part.what)
 
@@ -212,12 +213,15 @@ def committed_bench(device: str = "cpu") -> pd.DataFrame:
 
 
 def growth_lines(table: pd.DataFrame) -> list[str]:
-    """How the time and memory of estimators and scores grow, a line each; the slope is 1 where time is proportional."""
-    slopes = table[table.setting.str.startswith("slope")]
-    texts = interval_text(slopes, ["ratio", "low", "high"])
-    lines = [f"{row.what}, {row.setting}: {text}" for row, text in zip(slopes.itertuples(), texts, strict=True)]
-    memory = table[table.setting.str.startswith("memory")]
-    return lines + [f"{row.what}, {row.setting}: {row.reference_mib:.0f} and {row.mib:.0f}" for row in memory.itertuples()]
+    """How the time and memory of estimators and scores grow, under each device; the slope is 1 where time is proportional."""
+    lines = []
+    for device, rows in table.groupby("device", sort=False):
+        slopes, memory = (rows[rows.setting.str.startswith(word)] for word in ("slope", "memory"))
+        texts = interval_text(slopes, ["ratio", "low", "high"])
+        of_device = [f"{row.what}, {row.setting}: {text}" for row, text in zip(slopes.itertuples(), texts, strict=True)]
+        of_device += [f"{row.what}, {row.setting}: {row.reference_mib:.0f} and {row.mib:.0f}" for row in memory.itertuples()]
+        lines += [f"On {device}:", *of_device] if of_device else []
+    return lines
 
 
 def models_table(device: str = "cpu", batch: int = 1) -> pd.DataFrame:
