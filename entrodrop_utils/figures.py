@@ -83,7 +83,6 @@ def label_ends(axis: Axes, gap: float = 0.09, side: float = 1.0) -> None:
 
     Labels are at least ``gap`` axis heights apart. Limits and scales must be set before.
     """
-    axis.get_ylim()  # limits that nobody set are computed only when they are asked for
     lines = [line for line in axis.lines if not str(line.get_label()).startswith("_")]
     to_axis = axis.transData + axis.transAxes.inverted()
     ends = sorted((float(to_axis.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1]), i) for i, line in enumerate(lines))

@@ -148,7 +148,11 @@ def test_the_committed_speeds_hold_what_they_should():
 
 
 def test_a_ratio_is_shown_with_the_device_that_it_was_measured_on():
-    rows = [("knn", "9 tokens", "cdist", 2.0, "A"), ("scores", "one", "a pass", 1.5, "B"), ("knn", "slope of time", None, 1.0, "B")]
+    rows = [
+        ("knn", "9 tokens", "cdist", 2.0, "A, 2 threads"),
+        ("scores", "one", "a pass", 1.5, "B"),
+        ("knn", "slope of time", None, 1.0, "B"),
+    ]
     table = pd.DataFrame(rows, columns=["what", "setting", "reference", "ratio", "device"])
     table = table.assign(low=table.ratio, high=table.ratio, ms=3.0, mib=1.0, reference_mib=1.0)
     assert speed_answers.bench_table(table, "")["measured on"].to_dict() == {"knn": "A", "scores": "B"}

@@ -195,9 +195,14 @@ def bench_table(table: pd.DataFrame, what: str, against: str = "", where: str = 
             "against": part.reference,
             "ms": [f"{float(f'{ms:.3g}'):g}" for ms in part.ms],
             "times as fast": interval_text(part, ["ratio", "low", "high"], ".3g"),
-            "measured on": part.device,
+            "measured on": part.device.map(_name),
         }
     ).set_index(part.what)
+
+
+def _name(device: str) -> str:
+    """A device without its number of threads, which differs between the rows of a table, or its memory."""
+    return device.rpartition(", ")[0] or device
 
 
 def committed_bench(device: str = "cpu") -> pd.DataFrame:
@@ -220,7 +225,7 @@ def growth_lines(table: pd.DataFrame) -> list[str]:
         texts = interval_text(slopes, ["ratio", "low", "high"])
         of_device = [f"{row.what}, {row.setting}: {text}" for row, text in zip(slopes.itertuples(), texts, strict=True)]
         of_device += [f"{row.what}, {row.setting}: {row.reference_mib:.0f} and {row.mib:.0f}" for row in memory.itertuples()]
-        lines += [f"On {device}:", *of_device] if of_device else []
+        lines += [f"On {_name(device)}:", *of_device] if of_device else []
     return lines
 
 

@@ -175,6 +175,7 @@ def repaired_figure(table: pd.DataFrame, title: str) -> Figure:
         axis.set_xlabel("sub-blocks dropped")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(axis.get_ylim())  # computed only when asked for, and the labels stand by it
         label_ends(axis)
     axes[0].set_ylabel("loss increase (nats per token)")
     return figure
