@@ -27,6 +27,7 @@ from entrodrop_utils.runner import checks, index, record
 from entrodrop_utils.runner import run as runner
 from entrodrop_utils.selection import count_of
 
+SIZE_NAMES = ", ".join(sorted(["default", *(file.stem for file in (paths.NOTEBOOKS / "sizes").glob("*.yaml"))]))
 SMALL = """
 from entrodrop_utils.profile import Profile
 import pandas as pd
@@ -214,7 +215,7 @@ def test_a_failed_run_moves_nothing(project, spoil, capsys):
     ("arguments", "says"),
     [
         (("nonsense", "default", "docs", 0, ""), "unknown model 'nonsense': choose one of smollm2-135m-instruct"),
-        (("smollm2-135m-instruct", "huge", "docs", 0, ""), "unknown size 'huge': choose one of default, large, paper, smoke"),
+        (("smollm2-135m-instruct", "huge", "docs", 0, ""), f"unknown size 'huge': choose one of {SIZE_NAMES}"),
         (("smollm2-135m-instruct", "default", "prose", 0, ""), "unknown text 'prose': choose docs"),
         (("smollm2-135m-instruct", "default", "docs", 0, "77"), "no notebook '77': choose from 99_small"),
     ],
@@ -451,7 +452,7 @@ def test_a_checkout_in_a_folder_with_an_odd_name_runs_its_own_notebooks(name, pr
 
 @pytest.mark.parametrize("size", ["smok?", "s*", "[s]moke", "../sizes/smoke"])
 def test_a_size_is_a_name_and_no_pattern(size, project):
-    with pytest.raises(ValueError, match=re.escape(f"unknown size {size!r}: choose one of default, large, paper, smoke")):
+    with pytest.raises(ValueError, match=re.escape(f"unknown size {size!r}: choose one of {SIZE_NAMES}")):
         run(size=size)
 
 
