@@ -26,9 +26,9 @@ SAVED = {"decode_speedup": "decoding, times as fast", "cache_saved": "KV cache s
 
 def speeds_of(model: PreTrainedModel, name: str, device: str, batch: int, tokens: int) -> tuple[pd.DataFrame, str]:
     """The committed table of ``speed.bench``, or where it lacks the setting this one measured now; and which of the two it is."""
-    path = RESULTS / slug(name) / f"speed-{device}.csv"
-    if path.exists() and len(setting(committed := pd.read_csv(path), batch, tokens)):
-        return committed, f"committed measurements: {path.name}"
+    committed = committed_speeds(name, device)
+    if committed is not None and len(setting(committed, batch, tokens)):
+        return committed, f"committed measurements: speed-{device}.csv"
     return measured_setting(model, batch, tokens, rounds=2), "measured in this run, in two rounds: make bench measures more"
 
 
@@ -37,10 +37,20 @@ def measured_models(device: str = "cpu") -> dict[str, pd.DataFrame]:
     return {path.parent.name: pd.read_csv(path) for path in sorted(RESULTS.glob(f"*/speed-{device}.csv"))}
 
 
+def committed_speeds(name: str, device: str = "cpu") -> pd.DataFrame | None:
+    """The committed table of ``speed.bench`` of a model; None where there is none."""
+    path = RESULTS / slug(name) / f"speed-{device}.csv"
+    return pd.read_csv(path) if path.exists() else None
+
+
 def longest_prompt(name: str, device: str = "cpu", batch: int = 1) -> pd.DataFrame | None:
     """The committed speeds of a model at its longest measured prompt; None where there are none."""
-    table = measured_models(device).get(slug(name))
-    return None if table is None else setting(table, batch, table[table.batch == batch].tokens.max())
+    table = committed_speeds(name, device)
+    return None if table is None else _at_longest(table, batch)
+
+
+def _at_longest(table: pd.DataFrame, batch: int) -> pd.DataFrame:
+    return setting(table, batch, table[table.batch == batch].tokens.max())
 
 
 def setting(table: pd.DataFrame, batch: int, tokens: int) -> pd.DataFrame:
@@ -233,7 +243,7 @@ def models_table(device: str = "cpu", batch: int = 1) -> pd.DataFrame:
     """Decoding without half of each kind, at the longest prompt that was measured, for every model with a committed table."""
     rows = []
     for model, table in measured_models(device).items():
-        longest = setting(table, batch, table[table.batch == batch].tokens.max())
+        longest = _at_longest(table, batch)
         before = 1 / longest[longest.kind == "dense"].decode_seconds.item()
         for kind in KINDS:
             row = longest[longest.kind == kind].iloc[-1]

@@ -207,9 +207,8 @@ def falls_off(table: pd.DataFrame, limit: float = LIMIT) -> pd.DataFrame:
 
 def loss_by_share(table: pd.DataFrame, shares: Sequence[float] = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)) -> pd.DataFrame:
     """The loss increase of every kind and method (rows) at the measured count next to each share of the largest one (columns)."""
-    columns = {}
+    lines, columns = table.groupby(["kind", "method"], sort=False), {}
     for share in shares:
-        lines = table.groupby(["kind", "method"], sort=False)
         rows = [of.iloc[(of.n_dropped - share * of.n_dropped.max()).abs().argmin()] for _, of in lines]
         columns[f"{share:.1%}"] = pd.DataFrame(rows).set_index(["kind", "method"]).increase
     return pd.DataFrame(columns)
