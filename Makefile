@@ -6,7 +6,7 @@ SEED  ?= 0
 ONLY  ?=
 SET   ?=
 SWEEP ?= notebooks/sizes/sweep.toml
-JOBS  ?= 1
+JOBS  ?=
 DEVICE ?= cpu
 SCHEDULER ?=
 PY    := .venv/bin/python
@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  reproduce takes SIZE=smoke|default|full|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0 SET='k=50'"
+	@echo "  reproduce takes SIZE=smoke|default|full|paper MODEL=name-or-folder TEXT=docs|file|dataset ONLY=02 SEED=0 SET='k=50' JOBS=2"
 
 env: .venv/.current ## set up .venv from the lock file (nothing to do when it is current)
 
@@ -38,7 +38,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	@touch $@
 
 reproduce: env ## run every notebook and put what it makes into place
-	@$(PY) -m entrodrop_utils.runner --model "$(MODEL)" --size "$(SIZE)" --text "$(TEXT)" --seed "$(SEED)" --only "$(ONLY)" --set "$(SET)"
+	@$(PY) -m entrodrop_utils.runner --model "$(MODEL)" --size "$(SIZE)" --text "$(TEXT)" --seed "$(SEED)" --only "$(ONLY)" --set "$(SET)" --jobs "$(or $(JOBS),0)"
 
 models: env ## the models known by a short name, and which are on this machine
 	@$(PY) -m entrodrop_utils.models list
@@ -83,7 +83,7 @@ lint: env ## style, direction of imports, and whether the committed notebooks re
 
 sweep: env ## many runs on JOBS workers, or on a dask cluster: SWEEP=file.toml JOBS=2 SCHEDULER=address-or-file
 	@$(PY) -c 'import distributed' 2>/dev/null || $(PY) -m pip install --quiet --progress-bar off "distributed>=2025.1"
-	@$(PY) -m entrodrop_utils.runner.sweep "$(SWEEP)" --jobs "$(JOBS)" --scheduler "$(SCHEDULER)"
+	@$(PY) -m entrodrop_utils.runner.sweep "$(SWEEP)" --jobs "$(or $(JOBS),1)" --scheduler "$(SCHEDULER)"
 
 bench: env ## speed as ratios measured side by side, on an idle machine: MODEL=... DEVICE=cpu|cuda
 	$(PY) tests/bench.py --model "$(MODEL)" --device "$(DEVICE)"

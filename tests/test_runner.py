@@ -86,7 +86,7 @@ def project(tmp_path, monkeypatch):
 
 
 def run(size="default", seed=0, only="", settings=""):
-    return runner.reproduce("smollm2-135m-instruct", size, "docs", seed, only, settings)
+    return runner.reproduce("smollm2-135m-instruct", size, "docs", seed, only, settings, jobs=1)
 
 
 RENDERED: list[str] = []
@@ -631,6 +631,82 @@ def test_a_killed_run_leaves_what_was_committed(project, how, moment):
     assert not list((project / "data/results").rglob("*.csv"))
     nbformat.write(notebook(), project / "notebooks/99_small.ipynb")
     assert run() == 0
+
+
+def command(project: Path, *arguments: str) -> subprocess.Popen:
+    """``make reproduce`` in a project of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "entrodrop_utils.runner", *arguments],
+        env=os.environ | {"ENTRODROP_HOME": str(project), "OMP_NUM_THREADS": "2"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+MEET = """
+import os, time
+from pathlib import Path
+from entrodrop_utils.progress import notice
+folder = Path(os.environ["ENTRODROP_HOME"]) / "here"
+folder.mkdir(exist_ok=True)
+(folder / str(os.getpid())).touch()
+start = time.monotonic()
+while len(list(folder.iterdir())) < 2 and time.monotonic() - start < 60:
+    time.sleep(0.1)
+n, threads = len(list(folder.iterdir())), os.environ["OMP_NUM_THREADS"]
+profile.write(pd.DataFrame({"met": [n], "threads": [threads]}), "NN_met.csv")
+"""
+THREADS = """
+import os
+profile.write(pd.DataFrame({"threads": [os.environ["OMP_NUM_THREADS"]]}), "00_threads.csv")
+"""
+READ = """
+from entrodrop_utils.paths import RESULTS
+tables = [pd.read_csv(file) for file in RESULTS.rglob("*_met.csv")]
+profile.write(pd.concat(tables), "10_read.csv")
+"""
+
+
+def test_notebooks_run_beside_each_other_between_the_first_and_the_last(project):
+    """Two meet, with half of the threads each; 00 has all threads before them; 10 reads what they wrote; a failure stops nobody."""
+    folder = project / "data/results/smollm2-135m-instruct/default"
+    books = {
+        "00_first": THREADS,
+        "97_fails": "1 / 0",
+        "98_a": MEET.replace("NN", "98"),
+        "99_small": MEET.replace("NN", "99"),
+        "10_reads": READ,
+    }
+    for name, source in books.items():
+        nbformat.write(notebook(source), project / f"notebooks/{name}.ipynb")
+    process = command(project, "--jobs", "2")
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, said + errors
+    assert pd.read_csv(folder / "10_read.csv").to_dict("list") == {"met": [2, 2], "threads": [1, 1]}
+    assert pd.read_csv(folder / "00_threads.csv").threads[0] == 2
+    assert {name: row.split()[0] for name, row in rows(said).items()} == {
+        name: "FAILED" if name == "97_fails" else "done" for name in books
+    }
+    assert re.search(r"^97_fails .*ZeroDivisionError: division by zero", said, re.MULTILINE)
+
+
+def test_ctrl_c_ends_notebooks_that_run_beside_each_other(project):
+    for name in ("97_first", "98_second", "99_small"):
+        nbformat.write(notebook("import time; time.sleep(600)"), project / f"notebooks/{name}.ipynb")
+    before = {file.name: file.read_bytes() for file in (project / "notebooks").glob("*.ipynb")}
+    process = command(project, "--jobs", "2")
+    deadline = time.monotonic() + 60
+    while len(list((project / "build").glob(TABLE))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said[1].strip() == "interrupted: the committed files are unchanged, and the next run starts this notebook again"
+    assert "99_small" not in said[0]  # which had not begun
+    assert not list((project / "build").glob("run-*"))
+    assert {file.name: file.read_bytes() for file in (project / "notebooks").glob("*.ipynb")} == before
 
 
 def test_output_of_a_person_goes_beside_what_is_committed():

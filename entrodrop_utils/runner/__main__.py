@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     parser.add_argument("--only", default="", help="notebooks by number or name, separated by commas")
     parser.add_argument("--set", default="", help="parameters of the notebooks, as in 'k=50 fractions=[0.5]'")
+    parser.add_argument("--jobs", type=int, default=0, help="notebooks beside each other; 0: 2 for the default model, else 1")
     parser.add_argument("--check", action="store_true", help="check the committed notebooks and run nothing")
     args = parser.parse_args()
     if args.check:
@@ -26,7 +27,7 @@ def main() -> int:
         print("\n".join(found) or f"{len(available())} notebooks have no problem")
         return int(bool(found))
     try:
-        return reproduce(args.model, args.size, args.text, args.seed, args.only, args.set)
+        return reproduce(args.model, args.size, args.text, args.seed, args.only, args.set, args.jobs)
     except (ValueError, OSError) as error:  # an OSError: build or data cannot be written
         print(f"error: {reason_of(error)}", file=sys.stderr)
         return 2

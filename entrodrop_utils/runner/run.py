@@ -1,22 +1,31 @@
 """Run notebooks through papermill; their tables, figures and rendered copies are moved into place only when a run succeeds."""
 
+import itertools
 import json
+import logging
+import multiprocessing
 import os
 import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import nbformat
 import papermill
+import torch
 import yaml
 from nbclient.exceptions import DeadKernelError
 
@@ -34,6 +43,10 @@ from .record import run_record
 
 # How torch, CUDA, MPS and numpy say that memory ran out
 MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) allocate")
+FIRST = ("00",)  # it brings the model and the text here
+LAST = ("06", "10", "A3")  # they read tables that the other notebooks write
+CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # movements of the cursor, by which nested bars are drawn
+SECONDS_PER_LINE = 15  # of progress of a notebook that runs beside others
 
 
 def chosen_notebooks(only: str) -> list[Path]:
@@ -141,7 +154,6 @@ def move_into_place(profile: Profile, rendered: Path) -> list[Path]:
         for files, target in moves:
             for file in files:
                 shutil.copyfile(file, stack.enter_context(replacing(target / file.name)))
-    join_claims(RESULTS / profile.folder)
     return [(notebooks / rendered.name).relative_to(ROOT), *(target.relative_to(ROOT) for files, target in moves[1:] if files)]
 
 
@@ -178,59 +190,144 @@ def run_parameters(model: str, size: str, text: str, seed: int, settings: str, n
     return parameters | {name: value for name, value in wanted.items() if value != defaults[name]}
 
 
-def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: str = "") -> int:
-    """Run the notebooks in order and print a report; the exit status: 0, or 1 if one failed.
+def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: str = "", jobs: int = 0) -> int:
+    """Run the notebooks and print a report; the exit status: 0, or 1 if one failed.
 
     Of several processes (``accelerate launch``) each runs the notebooks, and computes its share; the main one keeps the files.
 
+    Args:
+        jobs: notebooks that run beside each other, which share the processors; 0: ``default_jobs``.
     Raises:
         ValueError: anything that does not exist, before anything runs.
     """
     notebooks = chosen_notebooks(only)
     parameters = run_parameters(model, size, text, seed, settings, notebooks)
     BUILD.mkdir(parents=True, exist_ok=True)
-    identity = {name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters}
-    default, report = is_default(Profile(**identity)), []
-    for number, notebook in enumerate(notebooks, 1):
+    jobs, report, profile = jobs or default_jobs(model), [], _profile(parameters)
+    number = itertools.count(1)
+    for together in stages(notebooks):
+        labels = {notebook: f"[{next(number)}/{len(notebooks)}] {notebook.stem}" for notebook in together}
+        if min(jobs, len(together)) == 1:
+            rows = [run_notebook(notebook, parameters, label) for notebook, label in labels.items()]
+        else:
+            rows = _beside_each_other(labels, parameters, jobs)
+        report += filter(None, rows)
         if is_main_process():
-            print(f"[{number}/{len(notebooks)}] {notebook.stem} ({Profile(**identity).folder})", flush=True)
-        start, before, stage = time.monotonic(), _most_memory(), None
-        try:
-            stage = Path(tempfile.mkdtemp(prefix="run-", dir=BUILD))
-            known = notebook_parameters(notebook)
-            with _shown_in_terminal(stage / "progress"):
-                own = {name: value for name, value in parameters.items() if name in known}
-                result = execute(notebook, own, stage)
-            if not is_main_process():
-                shutil.rmtree(stage, ignore_errors=True)
-                continue
-            if default and (wrong := problems(result)):  # other runs are not committed
-                raise RuntimeError(f"the rendered notebook cannot be committed: {'; '.join(wrong)}")
-            write_notebook(result, stage / notebook.name)
-            profile = Profile(**identity, output=str(stage))
-            if not default:  # whose tables are the same bytes at every run; git knows the commit
-                record = run_record(result, notebook.stem, profile, own, time.monotonic() - start)
-                results = stage / "results" / profile.folder
-                write_text(results / f"{notebook.stem.split('_')[0]}_run.json", json.dumps(record, indent=1) + "\n")
-            folders = move_into_place(profile, stage / notebook.name)
-            shutil.rmtree(stage, ignore_errors=True)
-            report.append((notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders))))
-        except KeyboardInterrupt:
-            if stage:
-                shutil.rmtree(stage, ignore_errors=True)
-            raise
-        except Exception as error:  # of the notebook, papermill, the kernel or the machine: a dozen kinds; the others are run
-            held = _most_memory()  # a process begins as a copy of this one, so a little more says nothing
-            reason = reason_of(error, held if held > 1.5 * before else 0)
-            half_run = f"{stage.relative_to(ROOT) / notebook.name} ({reason})" if stage else reason  # it stays there
-            report.append((notebook.stem, "FAILED", time.monotonic() - start, half_run))
-    width = max((len(row[0]) for row in report), default=0)
-    for name, status, seconds, where in report:
-        print(f"{name:{width}}  {status:6}  {seconds / 60:5.1f} min  {where}")
-    failed = any(status == "FAILED" for _, status, *_ in report)
-    if default and not failed and is_main_process():
+            join_claims(RESULTS / profile.folder)
+    width = max((len(row.name) for row in report), default=0)
+    for row in report:
+        print(f"{row.name:{width}}  {row.status:6}  {row.seconds / 60:5.1f} min  {row.where}")
+    failed = any(row.status == "FAILED" for row in report)
+    if is_default(profile) and not failed and is_main_process():
         update_index()
     return int(failed)
+
+
+def default_jobs(model: str) -> int:
+    """Two notebooks at a time for the default model, whose kernels need up to 3 GB each; else, and on one processor, one."""
+    return 2 if model == DEFAULT_MODEL and torch.get_num_threads() > 1 and n_processes() == 1 else 1
+
+
+def stages(notebooks: list[Path]) -> list[list[Path]]:
+    """The notebooks in groups that run one after another: inside a group the order does not matter."""
+    number = {notebook: notebook.stem.split("_")[0] for notebook in notebooks}
+    first, last = ([n for n in notebooks if number[n] in group] for group in (FIRST, LAST))
+    return [group for group in (first, [n for n in notebooks if n not in (*first, *last)], last) if group]
+
+
+class Row(NamedTuple):
+    """What became of one notebook."""
+
+    name: str
+    status: str
+    seconds: float
+    where: str
+
+
+def run_notebook(notebook: Path, parameters: dict[str, object], label: str, prefix: str = "") -> Row | None:
+    """Run one notebook and move what it made into place; None in a process that is not the main one.
+
+    Args:
+        parameters: those of ``run_parameters``; the notebook gets the ones that it has.
+        label: what is printed at the start, before the run's folder.
+        prefix: begins each line of its progress, for notebooks that run beside each other; without it, bars are drawn.
+    """
+    profile, start, before, stage = _profile(parameters), time.monotonic(), _most_memory(), None
+    if is_main_process():
+        print(f"{label} ({profile.folder})", flush=True)
+    try:
+        stage = Path(tempfile.mkdtemp(prefix="run-", dir=BUILD))
+        known = notebook_parameters(notebook)
+        own = {name: value for name, value in parameters.items() if name in known}
+        with _shown_in_terminal(stage / "progress", prefix):
+            result = execute(notebook, own, stage)
+        if not is_main_process():
+            shutil.rmtree(stage, ignore_errors=True)
+            return None
+        default = is_default(profile)
+        if default and (wrong := problems(result)):  # other runs are not committed
+            raise RuntimeError(f"the rendered notebook cannot be committed: {'; '.join(wrong)}")
+        write_notebook(result, stage / notebook.name)
+        profile = replace(profile, output=str(stage))
+        if not default:  # whose tables are the same bytes at every run; git knows the commit
+            record = run_record(result, notebook.stem, profile, own, time.monotonic() - start)
+            results = stage / "results" / profile.folder
+            write_text(results / f"{notebook.stem.split('_')[0]}_run.json", json.dumps(record, indent=1) + "\n")
+        folders = move_into_place(profile, stage / notebook.name)
+        shutil.rmtree(stage, ignore_errors=True)
+        return Row(notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders)))
+    except KeyboardInterrupt:
+        if stage:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
+    except Exception as error:  # of the notebook, papermill, the kernel or the machine: a dozen kinds; the others are run
+        held = _most_memory()  # a process begins as a copy of this one, so a little more says nothing
+        reason = reason_of(error, held if held > 1.5 * before else 0)
+        half_run = f"{stage.relative_to(ROOT) / notebook.name} ({reason})" if stage else reason  # it stays there
+        return Row(notebook.stem, "FAILED", time.monotonic() - start, half_run)
+
+
+def _profile(parameters: dict[str, object]) -> Profile:
+    return Profile(**{name: parameters[name] for name in ("model", "size", "text", "seed") if name in parameters})
+
+
+def _beside_each_other(labels: dict[Path, str], parameters: dict[str, object], jobs: int) -> list[Row]:
+    """Run the labelled notebooks, at most ``jobs`` at a time and each in a process of its own; the rows in their order."""
+    threads = str(max(1, torch.get_num_threads() // jobs))  # OpenMP reads it when a kernel starts
+    spawned = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+    futures: dict[Path, Future[Row]] = {}
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": threads}), ProcessPoolExecutor(jobs, spawned, initializer=_ready) as pool:
+        for notebook, label in labels.items():
+            # Nothing waits in the pool: after Ctrl-C, which reaches its workers too, they would begin it
+            while len(running := [future for future in futures.values() if not future.done()]) == jobs:
+                wait(running, return_when=FIRST_COMPLETED)
+            futures[notebook] = pool.submit(_run_in_pool, notebook, parameters, label)
+        wait(futures.values())
+    return [_row(notebook, future) for notebook, future in futures.items()]
+
+
+def _ready() -> None:
+    """Prepare a worker: between notebooks, Ctrl-C is for the main process, and the event loop of an ended kernel says nothing."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _row(notebook: Path, future: Future[Row]) -> Row:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:  # the worker itself was killed
+        return Row(notebook.stem, "FAILED", 0.0, reason_of(error))
+
+
+def _run_in_pool(notebook: Path, parameters: dict[str, object], label: str) -> Row:
+    """``run_notebook``, which Ctrl-C interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        row = run_notebook(notebook, parameters, label, f"{notebook.stem.split('_')[0]}  ")
+        print(f"{label} {row.status}, {row.seconds / 60:.1f} min", flush=True)
+        return row
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _most_memory() -> int:
@@ -267,18 +364,24 @@ def _absolute(name: str, registered: dict | tuple = ()) -> str:
 
 
 @contextmanager
-def _shown_in_terminal(log: Path) -> Iterator[None]:
-    """While open, the progress that kernels append to the log is printed here."""
+def _shown_in_terminal(log: Path, prefix: str = "") -> Iterator[None]:
+    """While open, the progress that kernels append to the log is printed here: as it is, or its newest line now and then."""
     log.touch()
     done = threading.Event()
 
     def follow() -> None:
+        newest = ""
         with open(log, encoding="utf-8", errors="replace", newline="") as lines:
-            while not done.is_set():
-                sys.stderr.write(lines.read())
+            while not done.wait(SECONDS_PER_LINE if prefix else 0.5):
+                said = lines.read()
+                if prefix:
+                    steps = [text for line in re.split(r"[\r\n]", CURSOR.sub("", said)) if (text := line.strip())]
+                    said = f"{prefix}{steps[-1]}\n" if steps and steps[-1] != newest else ""
+                    newest = steps[-1] if steps else newest
+                sys.stderr.write(said)
                 sys.stderr.flush()
-                done.wait(0.5)
-            sys.stderr.write(lines.read())
+            if not prefix:
+                sys.stderr.write(lines.read())
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
