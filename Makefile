@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 # Threads that wait for each other sleep: spinning costs a little less on an idle machine and a great deal more on a busy one
 export OMP_WAIT_POLICY := PASSIVE
+# Logits are hundreds of megabytes: in large pages, fewer of them have to be mapped
+export THP_MEM_ALLOC_ENABLE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce models fetch test test-all test-browser test-export test-llama-cpp lint sweep bench bench-explorer lab html lock clean clean-cache

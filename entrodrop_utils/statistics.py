@@ -4,6 +4,7 @@ Every interval is meant to cover at 95%. A simulation in the tests measures how 
 independently: a calibration window, a held-out window, a task item.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -118,6 +119,20 @@ def half_sampling(
     return half_interval(estimate, np.array(halves), min(map(len, samples)))
 
 
+def kendall_tau(x: Float[np.ndarray, "item"], y: Float[np.ndarray, "item"]) -> float:
+    """Kendall's tau-b of two rankings of the same items; nan where one of them is constant.
+
+    ``scipy.stats.kendalltau`` gives the same number and a p-value, in fifty times the time: intervals need thousands of them.
+
+    >>> round(kendall_tau(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 4)
+    0.3333
+    """
+    above = np.triu_indices(len(x), 1)
+    a, b = (np.sign(np.subtract.outer(values, values)[above]) for values in (np.asarray(x), np.asarray(y)))
+    pairs = np.sqrt(np.count_nonzero(a) * np.count_nonzero(b))  # that are no tie
+    return float(a @ b / pairs) if pairs else math.nan
+
+
 def kendall_interval(
     scores: Float[np.ndarray, "sequence layer"], reference: Float[np.ndarray, "sequence layer"], draws: int = 200, seed: int = 0
 ) -> Interval:
@@ -125,7 +140,7 @@ def kendall_interval(
 
     Where a score is equal for all layers there is no ranking: nan.
     """
-    return half_sampling(lambda x, y: stats.kendalltau(x, y).statistic, scores, reference, draws=draws, seed=seed)
+    return half_sampling(kendall_tau, scores, reference, draws=draws, seed=seed)
 
 
 def bootstrap_means(values: Float[np.ndarray, "unit *rest"], draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw *rest"]:

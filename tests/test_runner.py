@@ -79,6 +79,7 @@ def project(tmp_path, monkeypatch):
                 monkeypatch.setattr(module, name, folder)
     for file in paths.SIZES.glob("*.yaml"):
         shutil.copy(file, tmp_path / "notebooks" / "sizes")
+    monkeypatch.setattr(runner, "default_jobs", lambda model: 1)  # other processes do not see these folders
     (tmp_path / "README.md").write_text("before\n<!-- notebooks -->\nold\n<!-- /notebooks -->\nafter\n")
     (tmp_path / "notebooks" / "README.md").write_text("<!-- answers -->\n<!-- /answers -->\n")
     nbformat.write(notebook(), tmp_path / "notebooks" / "99_small.ipynb")
@@ -86,7 +87,7 @@ def project(tmp_path, monkeypatch):
 
 
 def run(size="default", seed=0, only="", settings=""):
-    return runner.reproduce("smollm2-135m-instruct", size, "docs", seed, only, settings, jobs=1)
+    return runner.reproduce("smollm2-135m-instruct", size, "docs", seed, only, settings)
 
 
 RENDERED: list[str] = []

@@ -16,6 +16,7 @@ from entrodrop_utils.statistics import (
     half_sampling,
     interval_table,
     kendall_interval,
+    kendall_tau,
     mean_interval,
     paired_difference,
     share_interval,
@@ -55,6 +56,15 @@ def test_agreement_counts_pairs_of_layers_in_the_same_order():
 
 
 @pytest.mark.parametrize("n", [7, 14])
+@pytest.mark.parametrize("values", [100, 3], ids=["few ties", "many ties"])
+def test_kendalls_tau_is_that_of_scipy(values):
+    rng = np.random.default_rng(values)
+    for n in (2, 5, 27):
+        x, y = rng.integers(0, values, (2, n)).astype(float)
+        np.testing.assert_allclose(kendall_tau(x, y), stats.kendalltau(x, y).statistic, atol=1e-12)
+    assert np.isnan(kendall_tau(np.ones(4), np.arange(4.0)))
+
+
 def test_halves_of_a_sample_give_the_interval_of_its_mean(n):
     values = np.random.default_rng(0).normal(size=n)
     halves = half_means(values, 4000)

@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from scipy.stats import kendalltau
 
 from ..claims import SIZES, published_figures
 from ..figures import COLOURS, GREY, headed_panels
 from ..models import KNOWN
 from ..paths import RESULTS
 from ..profile import Profile
-from ..statistics import Interval, interval_text
+from ..statistics import Interval, interval_text, kendall_tau
 from . import accuracy
 from .methods import METHOD_COLUMNS, RANDOM
 
@@ -151,7 +150,7 @@ def order_agreement(costs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for left, right in combinations(costs, 2):
         pair = costs[[left, right]].dropna()
-        rows.append((f"{left}, {right}", len(pair), float(kendalltau(*pair.to_numpy().T).statistic)))
+        rows.append((f"{left}, {right}", len(pair), kendall_tau(*pair.to_numpy().T)))
     return pd.DataFrame(rows, columns=["models", "methods", "tau"])
 
 

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from scipy.stats import kendalltau
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ from ..progress import progress
 from ..residual import SubBlock
 from ..scoring import Metric
 from ..search import SearchResult
-from ..statistics import Interval, half_sampling, interval_text, mean_interval, paired_difference
+from ..statistics import Interval, half_sampling, interval_text, kendall_tau, mean_interval, paired_difference
 from .methods import KIND_NAMES, layers_text, losses_of
 
 Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], SearchResult]
@@ -152,7 +151,7 @@ def audit(
     rows = []
     for name, order in orders.items():
         rank = np.array([order.index(s) if s in order else len(order) for s in possible], dtype=float)
-        tau = half_sampling(lambda costs, rank=rank: float(kendalltau(rank, costs).statistic), true)
+        tau = half_sampling(lambda costs, rank=rank: kendall_tau(rank, costs), true)
         rows.append((kind, name, *tau, sets.get(name, np.nan)))
     return pd.DataFrame(rows, columns=["kind", "method", "tau", "low", "high", "increase"])
 

@@ -14,7 +14,6 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import kendalltau
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,7 +27,7 @@ from ..layerwise import DropSet
 from ..residual import SubBlock
 from ..scoring import Metric, configured, first_tokens, without_first
 from ..selection import one_shot, protected_layers, stage_boundary, two_stage
-from ..statistics import Interval, half_interval, half_means, paired_difference, verdict
+from ..statistics import Interval, half_interval, half_means, kendall_tau, paired_difference, verdict
 from ..text import text_digest, windows
 from .methods import losses_of
 
@@ -196,8 +195,8 @@ def orders_by_setting(scores: pd.DataFrame, protected: Sequence[int], n: int) ->
         ValueError: fewer than ``n`` attention layers are not protected.
     """
     groups = {Setting(*key): rows for key, rows in scores.groupby(list(LABELS), sort=False)}
-    for setting, rows in groups.items():
-        one_shot(rows, setting.metric, KIND, n, protected)  # refuses too large a number
+    setting, rows = next(iter(groups.items()))
+    one_shot(rows, setting.metric, KIND, n, protected)  # refuses too large a number
     orders = {setting: one_shot(rows, setting.metric, KIND, protected=protected) for setting, rows in groups.items()}
     entropies = [setting.metric for setting in groups if setting.factor == "reference" and setting.metric in ESTIMATORS]
     falling = [name for name in entropies if stage_boundary(groups[reference_of(name)], name)]  # the rule needs a falling stage
@@ -232,7 +231,7 @@ def agreements(tables: Tables, orders: Orders, counts: Sequence[int], draws: int
             pair = tables[setting], tables[reference]
             means = [np.vstack([values.mean(0), half_means(values, draws, seed)]) for values in pair]
             overlaps = [[_overlap(x, y, n) for x, y in zip(*means, strict=True)] for n in counts]
-            taus = [kendalltau(x, y).statistic for x, y in zip(*means, strict=True)]
+            taus = [kendall_tau(x, y) for x, y in zip(*means, strict=True)]
             result[setting] = Agreement(np.array([taus, *overlaps]), min(map(len, pair)))
         else:
             overlaps = [len({*order[:n]} & {*orders[reference][:n]}) / n for n in counts]
