@@ -11,12 +11,18 @@ from torch import Tensor
 
 from .entropy import once
 
+VALUES = 1 << 17  # that are held in float64 at a time on a CPU: they stay in the core's cache
+
 
 @once
 def _lengths(x: Float[Tensor, "*batch token dim"], y: Float[Tensor, "*batch token dim"]) -> tuple[Tensor, Tensor, Tensor]:
     """|in|, |out| and |out - in| of every token, in float64: half precision is coarser than what decides a ranking."""
-    x, y = x.double(), y.double()
-    lengths = tuple(torch.linalg.vector_norm(state, dim=-1) for state in (x, y, y - x))
+    rows = max(1, VALUES // x.shape[-1]) if x.device.type == "cpu" else max(1, x[..., 0].numel())
+    parts = []
+    for before, after in zip(x.flatten(0, -2).split(rows), y.flatten(0, -2).split(rows), strict=True):
+        before, after = before.double(), after.double()
+        parts.append([torch.linalg.vector_norm(state, dim=-1) for state in (before, after, after - before)])
+    lengths = tuple(torch.cat(part).view(x.shape[:-1]) for part in zip(*parts, strict=True))
     for name, length in zip(("input", "output"), lengths, strict=False):
         if not torch.isfinite(length).all():
             raise ValueError(f"the {name} states hold NaN or infinite values")

@@ -136,7 +136,7 @@ def scoring_pass(model: PreTrainedModel, name: str) -> Iterator[Row]:
 
 def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
     """The losses of 10 nested sets: one after another as a plain loop, and with the layers that they share run once."""
-    ids = torch.randint(0, model.config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, model.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
     deepest = find(model, "attention")[::-1]
     sets = [deepest[:n] for n in range(2, 22, 2)]
 
@@ -153,7 +153,7 @@ def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
 
     np.testing.assert_allclose(shared(), loop(), rtol=1e-4)
     timed = speed.side_by_side(loop, shared, rounds=3, threads=torch.get_num_threads(), least=0.01)
-    yield _row("losses of 10 nested sets", f"{name}, 4 x 128 tokens", "a loop over the sets", timed)
+    yield _row("losses of 10 nested sets", f"{name}, 2 x 128 tokens", "a loop over the sets", timed)
 
 
 def growth() -> Iterator[Row]:

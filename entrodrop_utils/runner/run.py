@@ -44,7 +44,8 @@ from .record import run_record
 # How torch, CUDA, MPS and numpy say that memory ran out
 MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) allocate")
 FIRST = ("00",)  # it brings the model and the text here
-LAST = ("06", "10", "A3")  # they read tables that the other notebooks write
+LAST = ("10", "A3")  # they read the tables that the other notebooks write
+READS = {"06": "02"}  # a notebook, and the one whose tables it reads
 CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # movements of the cursor, by which nested bars are drawn
 SECONDS_PER_LINE = 15  # of progress of a notebook that runs beside others
 
@@ -230,9 +231,12 @@ def default_jobs(model: str) -> int:
 
 def stages(notebooks: list[Path]) -> list[list[Path]]:
     """The notebooks in groups that run one after another: inside a group the order does not matter."""
-    number = {notebook: notebook.stem.split("_")[0] for notebook in notebooks}
-    first, last = ([n for n in notebooks if number[n] in group] for group in (FIRST, LAST))
+    first, last = ([notebook for notebook in notebooks if _number(notebook) in group] for group in (FIRST, LAST))
     return [group for group in (first, [n for n in notebooks if n not in (*first, *last)], last) if group]
+
+
+def _number(notebook: Path) -> str:
+    return notebook.stem.split("_")[0]
 
 
 class Row(NamedTuple):
@@ -272,7 +276,7 @@ def run_notebook(notebook: Path, parameters: dict[str, object], label: str, pref
         if not default:  # whose tables are the same bytes at every run; git knows the commit
             record = run_record(result, notebook.stem, profile, own, time.monotonic() - start)
             results = stage / "results" / profile.folder
-            write_text(results / f"{notebook.stem.split('_')[0]}_run.json", json.dumps(record, indent=1) + "\n")
+            write_text(results / f"{_number(notebook)}_run.json", json.dumps(record, indent=1) + "\n")
         folders = move_into_place(profile, stage / notebook.name)
         shutil.rmtree(stage, ignore_errors=True)
         return Row(notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders)))
@@ -298,6 +302,7 @@ def _beside_each_other(labels: dict[Path, str], parameters: dict[str, object], j
     futures: dict[Path, Future[Row]] = {}
     with patch.dict(os.environ, {"OMP_NUM_THREADS": threads}), ProcessPoolExecutor(jobs, spawned, initializer=_ready) as pool:
         for notebook, label in labels.items():
+            wait([future for earlier, future in futures.items() if _number(earlier) == READS.get(_number(notebook))])
             # Nothing waits in the pool: after Ctrl-C, which reaches its workers too, they would begin it
             while len(running := [future for future in futures.values() if not future.done()]) == jobs:
                 wait(running, return_when=FIRST_COMPLETED)
@@ -323,7 +328,7 @@ def _run_in_pool(notebook: Path, parameters: dict[str, object], label: str) -> R
     """``run_notebook``, which Ctrl-C interrupts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        row = run_notebook(notebook, parameters, label, f"{notebook.stem.split('_')[0]}  ")
+        row = run_notebook(notebook, parameters, label, f"{_number(notebook)}  ")
         print(f"{label} {row.status}, {row.seconds / 60:.1f} min", flush=True)
         return row
     finally:

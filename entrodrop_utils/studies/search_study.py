@@ -268,7 +268,9 @@ def difference_table(table: pd.DataFrame, domain: str) -> pd.DataFrame:
         table: of ``against_ours``.
     """
     rows = table[(table.domain == domain) & ~table.method.isin([OURS, RANDOM_DRAW])]
-    rows = rows.assign(value=interval_text(rows, ["difference", "low", "high"]))
+    columns = ["difference", "low", "high"]
+    large = rows[columns].abs().max(axis=1) >= 10
+    rows = rows.assign(value=np.where(large, interval_text(rows, columns, ".1f"), interval_text(rows, columns)))
     return rows.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
 
 
