@@ -206,7 +206,7 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
     BUILD.mkdir(parents=True, exist_ok=True)
     jobs, report, profile = jobs or default_jobs(model), [], _profile(parameters)
     number = itertools.count(1)
-    for together in stages(notebooks):
+    for together in run_groups(notebooks):
         labels = {notebook: f"[{next(number)}/{len(notebooks)}] {notebook.stem}" for notebook in together}
         if min(jobs, len(together)) == 1:
             rows = [run_notebook(notebook, parameters, label) for notebook, label in labels.items()]
@@ -229,7 +229,7 @@ def default_jobs(model: str) -> int:
     return 2 if model == DEFAULT_MODEL and torch.get_num_threads() > 1 and n_processes() == 1 else 1
 
 
-def stages(notebooks: list[Path]) -> list[list[Path]]:
+def run_groups(notebooks: list[Path]) -> list[list[Path]]:
     """The notebooks in groups that run one after another: inside a group the order does not matter."""
     first, last = ([notebook for notebook in notebooks if _number(notebook) in group] for group in (FIRST, LAST))
     return [group for group in (first, [n for n in notebooks if n not in (*first, *last)], last) if group]
