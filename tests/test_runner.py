@@ -596,6 +596,24 @@ def test_a_kernel_that_dies_and_one_without_memory_do_not_stop_the_next(project,
     assert [path.name for path in (project / "data/results").rglob("*.csv")] == ["99_table.csv"]
 
 
+def command(project: Path, *arguments: str) -> subprocess.Popen:
+    """``make reproduce`` in a project of its own, which Ctrl-C interrupts."""
+    code = (
+        "import signal, sys\n"
+        "from entrodrop_utils.runner.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts what is in the background without it
+        "sys.exit(main())"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"ENTRODROP_HOME": str(project), "OMP_NUM_THREADS": "2"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 TABLE = "run-*/results/smollm2-135m-instruct/default/99_table.csv"
 
 
@@ -608,16 +626,7 @@ def test_a_killed_run_leaves_what_was_committed(project, how, moment):
     """kill -9 or Ctrl-C: nothing in place changes, one sentence says so, and the next run completes."""
     nbformat.write(notebook("import time; time.sleep(600)"), project / "notebooks/99_small.ipynb")
     before = (project / "notebooks/99_small.ipynb").read_bytes()
-    code = (
-        "import entrodrop_utils.runner.run as n, entrodrop_utils.profile as p, entrodrop_utils.runner.checks as c\n"
-        "import entrodrop_utils.runner.__main__ as command, pathlib, signal, sys\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts what is in the background without it
-        f"root = pathlib.Path({str(project)!r})\n"
-        "n.ROOT = root; n.BUILD = p.BUILD = root / 'build'; n.NOTEBOOKS = c.NOTEBOOKS = root / 'notebooks'\n"
-        "n.RESULTS = root / 'data/results'; n.FIGURES = root / 'figures'\n"
-        "sys.argv = ['reproduce']; sys.exit(command.main())"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = command(project)
     deadline = time.monotonic() + 60
     while not list((project / "build").glob(moment)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -634,22 +643,9 @@ def test_a_killed_run_leaves_what_was_committed(project, how, moment):
     assert run() == 0
 
 
-def command(project: Path, *arguments: str) -> subprocess.Popen:
-    """``make reproduce`` in a project of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "entrodrop_utils.runner", *arguments],
-        env=os.environ | {"ENTRODROP_HOME": str(project), "OMP_NUM_THREADS": "2"},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 MEET = """
 import os, time
 from pathlib import Path
-from entrodrop_utils.progress import notice
 folder = Path(os.environ["ENTRODROP_HOME"]) / "here"
 folder.mkdir(exist_ok=True)
 (folder / str(os.getpid())).touch()
@@ -691,6 +687,14 @@ def test_notebooks_run_beside_each_other_between_the_first_and_the_last(project)
         name: "FAILED" if name == "97_fails" else "done" for name in books
     }
     assert re.search(r"^97_fails .*ZeroDivisionError: division by zero", said, re.MULTILINE)
+
+
+def test_beside_others_a_notice_is_said_and_of_a_bar_its_newest_step(tmp_path, capsys):
+    log = tmp_path / "log"
+    with runner._shown_in_terminal(log, "02  "):
+        step = "scoring: {n}%|##  | {n}/100 [00:0{n}<00:30,  2.10s/it]"
+        log.write_text(f"\r{step.format(n=1)}\rthe model is downloaded\n\r{step.format(n=2)}\x1b[A\r    \r")
+    assert capsys.readouterr().err.splitlines() == ["02  " + text for text in ("the model is downloaded", step.format(n=2))]
 
 
 def test_ctrl_c_ends_notebooks_that_run_beside_each_other(project):

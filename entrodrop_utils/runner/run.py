@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -46,7 +47,9 @@ MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) a
 FIRST = ("00",)  # it brings the model and the text here
 LAST = ("10", "A3")  # they read the tables that the other notebooks write
 READS = {"06": "02"}  # a notebook, and the one whose tables it reads
+IGNORED = (signal.SIGINT, signal.SIG_IGN)
 CURSOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # movements of the cursor, by which nested bars are drawn
+BAR = re.compile(r"\[\d+:\d+.*\]$")  # the times at the end of a step of a bar
 SECONDS_PER_LINE = 15  # of progress of a notebook that runs beside others
 
 
@@ -60,7 +63,7 @@ def chosen_notebooks(only: str) -> list[Path]:
     chosen = []
     for name in filter(None, re.split(r"[,\s]+", only)):
         stem = Path(name).stem
-        matching = [path for path in notebooks if stem in (path.stem, path.stem.split("_")[0])]
+        matching = [path for path in notebooks if stem in (path.stem, _number(path))]
         if not matching:
             raise ValueError(f"no notebook {name!r}: choose from {', '.join(path.stem for path in notebooks)}")
         chosen += matching
@@ -119,6 +122,10 @@ def execute(notebook: Path, parameters: dict[str, object], output: Path) -> nbfo
     known = notebook_parameters(notebook)
     if unknown := sorted(set(parameters) - set(known)):
         raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
+    # After Ctrl-C they may say that the kernel died or that its loop ended early; the report says what failed
+    for name in ("asyncio", "papermill"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     run = output / notebook.name
     with patch.dict(os.environ, {OUTPUT: str(output)} | _meeting_point(notebook)):
         papermill.execute_notebook(
@@ -208,13 +215,15 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
     number = itertools.count(1)
     for together in run_groups(notebooks):
         labels = {notebook: f"[{next(number)}/{len(notebooks)}] {notebook.stem}" for notebook in together}
-        if min(jobs, len(together)) == 1:
-            rows = [run_notebook(notebook, parameters, label) for notebook, label in labels.items()]
-        else:
-            rows = _beside_each_other(labels, parameters, jobs)
+        try:
+            if min(jobs, len(together)) == 1:
+                rows = [run_notebook(notebook, parameters, label) for notebook, label in labels.items()]
+            else:
+                rows = _beside_each_other(labels, parameters, jobs)
+        finally:  # after Ctrl-C too: the notebooks before it are in place
+            if is_main_process():
+                join_claims(RESULTS / profile.folder)
         report += filter(None, rows)
-        if is_main_process():
-            join_claims(RESULTS / profile.folder)
     width = max((len(row.name) for row in report), default=0)
     for row in report:
         print(f"{row.name:{width}}  {row.status:6}  {row.seconds / 60:5.1f} min  {row.where}")
@@ -300,8 +309,8 @@ def _beside_each_other(labels: dict[Path, str], parameters: dict[str, object], j
     threads = str(max(1, torch.get_num_threads() // jobs))  # OpenMP reads it when a kernel starts
     spawned = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
     futures: dict[Path, Future[Row]] = {}
-    with patch.dict(os.environ, {"OMP_NUM_THREADS": threads}), ProcessPoolExecutor(jobs, spawned, initializer=_ready) as pool:
-        for notebook, label in labels.items():
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": threads}), ProcessPoolExecutor(jobs, spawned, signal.signal, IGNORED) as pool:
+        for notebook, label in labels.items():  # the workers ignore Ctrl-C between notebooks: it is for the main process then
             wait([future for earlier, future in futures.items() if _number(earlier) == READS.get(_number(notebook))])
             # Nothing waits in the pool: after Ctrl-C, which reaches its workers too, they would begin it
             while len(running := [future for future in futures.values() if not future.done()]) == jobs:
@@ -309,12 +318,6 @@ def _beside_each_other(labels: dict[Path, str], parameters: dict[str, object], j
             futures[notebook] = pool.submit(_run_in_pool, notebook, parameters, label)
         wait(futures.values())
     return [_row(notebook, future) for notebook, future in futures.items()]
-
-
-def _ready() -> None:
-    """Prepare a worker: between notebooks, Ctrl-C is for the main process, and the event loop of an ended kernel says nothing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _row(notebook: Path, future: Future[Row]) -> Row:
@@ -332,7 +335,7 @@ def _run_in_pool(notebook: Path, parameters: dict[str, object], label: str) -> R
         print(f"{label} {row.status}, {row.seconds / 60:.1f} min", flush=True)
         return row
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(*IGNORED)
 
 
 def _most_memory() -> int:
@@ -370,29 +373,35 @@ def _absolute(name: str, registered: dict | tuple = ()) -> str:
 
 @contextmanager
 def _shown_in_terminal(log: Path, prefix: str = "") -> Iterator[None]:
-    """While open, the progress that kernels append to the log is printed here: as it is, or its newest line now and then."""
+    """While open, the progress that kernels append to the log is printed here: as it is, or with a prefix.
+
+    With a prefix it is the newest step of a bar, now and then, and whatever is no step of a bar (a notice).
+    """
     log.touch()
+    lines = open(log, encoding="utf-8", errors="replace", newline="")  # noqa: SIM115 - here: an interrupted run removes the log
     done = threading.Event()
 
     def follow() -> None:
-        newest = ""
-        with open(log, encoding="utf-8", errors="replace", newline="") as lines:
-            while not done.wait(SECONDS_PER_LINE if prefix else 0.5):
+        newest, ended = "", False
+        with lines:
+            while not ended:
+                ended = done.wait(SECONDS_PER_LINE if prefix else 0.5)
                 said = lines.read()
                 if prefix:
-                    steps = [text for line in re.split(r"[\r\n]", CURSOR.sub("", said)) if (text := line.strip())]
-                    said = f"{prefix}{steps[-1]}\n" if steps and steps[-1] != newest else ""
+                    texts = [text for line in re.split(r"[\r\n]", CURSOR.sub("", said)) if (text := line.strip())]
+                    steps = [text for text in texts if BAR.search(text)]
+                    shown = [text for text in texts if text not in steps] + [text for text in steps[-1:] if text != newest]
                     newest = steps[-1] if steps else newest
+                    said = "".join(f"{prefix}{text}\n" for text in shown)
                 sys.stderr.write(said)
                 sys.stderr.flush()
-            if not prefix:
-                sys.stderr.write(lines.read())
 
     thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
+        thread.start()
         with patch.dict(os.environ, {HEADLESS: str(log)}):
             yield
     finally:
         done.set()
-        thread.join()
+        if thread.is_alive():  # not where Ctrl-C came before it
+            thread.join()
