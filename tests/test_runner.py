@@ -655,10 +655,6 @@ while len(list(folder.iterdir())) < 2 and time.monotonic() - start < 60:
 n, threads = len(list(folder.iterdir())), os.environ["OMP_NUM_THREADS"]
 profile.write(pd.DataFrame({"met": [n], "threads": [threads]}), "NN_met.csv")
 """
-THREADS = """
-import os
-profile.write(pd.DataFrame({"threads": [os.environ["OMP_NUM_THREADS"]]}), "00_threads.csv")
-"""
 READ = """
 from entrodrop_utils.paths import RESULTS
 tables = [pd.read_csv(file) for file in RESULTS.rglob("*_met.csv")]
@@ -666,11 +662,10 @@ profile.write(pd.concat(tables), "10_read.csv")
 """
 
 
-def test_notebooks_run_beside_each_other_between_the_first_and_the_last(project):
-    """Two meet, with half of the threads each; 00 has all threads before them; 10 reads what they wrote; a failure stops nobody."""
+def test_notebooks_run_beside_each_other_before_the_last(project):
+    """Two meet, with half of the threads each; 10 reads what they wrote; a failure stops nobody."""
     folder = project / "data/results/smollm2-135m-instruct/default"
     books = {
-        "00_first": THREADS,
         "97_fails": "1 / 0",
         "98_a": MEET.replace("NN", "98"),
         "99_small": MEET.replace("NN", "99"),
@@ -682,7 +677,6 @@ def test_notebooks_run_beside_each_other_between_the_first_and_the_last(project)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 1, said + errors
     assert pd.read_csv(folder / "10_read.csv").to_dict("list") == {"met": [2, 2], "threads": [1, 1]}
-    assert pd.read_csv(folder / "00_threads.csv").threads[0] == 2
     assert {name: row.split()[0] for name, row in rows(said).items()} == {
         name: "FAILED" if name == "97_fails" else "done" for name in books
     }

@@ -5,4 +5,7 @@
 ``sharing`` what leaves the page, and ``page`` joins them to the widget (``explorer.js``, ``explorer.css``).
 ``studies.explorer_view`` draws the same without widgets. What is measured comes from ``scoring``, ``evaluation``, ``generation``,
 ``repairing`` and ``selection``. ``page.show_explorer`` and ``page.explore`` are the entry points.
+
+Tried in JupyterLab 4 (``make test-browser``) and, by hand, in the widget manager that VS Code's Jupyter extension brings
+(``@vscode/jupyter-ipywidgets8`` 1.0.9, in Chromium with a real kernel: map, slider, metric, preset, pin); not in VS Code itself.
 """

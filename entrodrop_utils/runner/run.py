@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -44,7 +44,7 @@ from .record import run_record
 
 # How torch, CUDA, MPS and numpy say that memory ran out
 MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) allocate")
-FIRST = ("00",)  # it brings the model and the text here
+EARLY = ("01", "07", "09")  # of those beside each other: 02 finds the entropies of 01 in the cache; the others are long
 LAST = ("10", "A3")  # they read the tables that the other notebooks write
 READS = {"06": "02"}  # a notebook, and the one whose tables it reads
 IGNORED = (signal.SIGINT, signal.SIG_IGN)
@@ -213,7 +213,7 @@ def reproduce(model: str, size: str, text: str, seed: int, only: str, settings: 
     BUILD.mkdir(parents=True, exist_ok=True)
     jobs, report, profile = jobs or default_jobs(model), [], _profile(parameters)
     number = itertools.count(1)
-    for together in run_groups(notebooks):
+    for together in run_groups(notebooks, EARLY if jobs > 1 else ()):
         labels = {notebook: f"[{next(number)}/{len(notebooks)}] {notebook.stem}" for notebook in together}
         try:
             if min(jobs, len(together)) == 1:
@@ -238,10 +238,10 @@ def default_jobs(model: str) -> int:
     return 2 if model == DEFAULT_MODEL and torch.get_num_threads() > 1 and n_processes() == 1 else 1
 
 
-def run_groups(notebooks: list[Path]) -> list[list[Path]]:
-    """The notebooks in groups that run one after another: inside a group the order does not matter."""
-    first, last = ([notebook for notebook in notebooks if _number(notebook) in group] for group in (FIRST, LAST))
-    return [group for group in (first, [n for n in notebooks if n not in (*first, *last)], last) if group]
+def run_groups(notebooks: list[Path], early: Sequence[str] = ()) -> list[list[Path]]:
+    """The notebooks in groups that run one after another; inside a group any order will do, and the ``early`` ones begin."""
+    by_time = sorted(notebooks, key=lambda notebook: (_number(notebook) in LAST, _number(notebook) not in early))
+    return [list(group) for _, group in itertools.groupby(by_time, lambda notebook: _number(notebook) in LAST)]
 
 
 def _number(notebook: Path) -> str:
