@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
+import lm_eval
 import numpy as np
 import pandas as pd
 import scipy.spatial
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from scipy import stats
 from sklearn.metrics.pairwise import paired_cosine_distances
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from entrodrop_utils import cache, entropy, evaluation, scoring, similarity
 from entrodrop_utils.dropping import dropped
@@ -25,6 +28,9 @@ from entrodrop_utils.progress import progress
 from entrodrop_utils.residual import find
 from entrodrop_utils.statistics import Interval
 from entrodrop_utils.studies import speed
+from entrodrop_utils.tasks import task_scores_by_set
+from entrodrop_utils.tasks.harness import quiet_harness
+from entrodrop_utils.tasks.local_tasks import build_tasks
 
 SHAPES = ((256, 192), (256, 576), (256, 4096), (256, 8192), (2048, 576))  # tokens, dimensions
 SMALL, MIDDLE, LARGE = 256 * 576, 256 * 4096, 256 * 8192  # elements of the largest state that a reference is given
@@ -156,6 +162,34 @@ def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
     yield _row("losses of 10 nested sets", f"{name}, 2 x 128 tokens", "a loop over the sets", timed)
 
 
+def many_answers(model: PreTrainedModel, name: str) -> Iterator[Row]:
+    """A task for the dense model and three pruned ones: lm-evaluation-harness one model at a time, and all of them together."""
+    if name in speed.SHAPES:  # random weights have no tokenizer
+        return
+    tokenizer, task, limit = AutoTokenizer.from_pretrained(model.name_or_path), "docs_continuation", 8
+    deepest, manager = find(model, "attention")[::-1], TaskManager(include_path=str(build_tasks()))
+    sets = [(), *(tuple(sorted(deepest[2:n])) for n in (6, 10, 13))]
+
+    def harness() -> list[float]:
+        with quiet_harness():
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=16)
+        values = []
+        for drop_set in sets:
+            with quiet_harness(), dropped(model, drop_set):
+                found = lm_eval.simple_evaluate(lm, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0)
+            values.append(found["results"][task]["acc,none"])
+        return values
+
+    def ours() -> list[float]:
+        with mock.patch.object(cache, "read", return_value=None), mock.patch.object(cache, "write"):
+            table = task_scores_by_set(model, tokenizer, [task], sets, limit)[0]
+        return table[table.metric == "acc"].set_index("set").value[sets].tolist()
+
+    np.testing.assert_allclose(ours(), harness())
+    timed = speed.side_by_side(harness, ours, rounds=3, threads=torch.get_num_threads(), least=0.01)
+    yield _row("answers of 4 models", f"{name}, {limit} items of {task}", "lm-evaluation-harness, 16 at a time", timed)
+
+
 def growth() -> Iterator[Row]:
     """How time grows: the slope of log time over log size, 1 where it is proportional, with the interval of the regression."""
     x = {n: torch.randn(n, 1024) for n in (128, 256, 512, 1024, 2048)}
@@ -192,7 +226,7 @@ def main() -> None:
     chosen = parser.parse_args()
     device = torch.device(chosen.device).type
     model = speed.load_for_speed(chosen.model, chosen.device)
-    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets)]
+    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets, many_answers)]
     rows = []
     for part in progress(of_model if device == "cuda" else [estimators, *of_model, growth], "bench"):
         for row in part():

@@ -1,6 +1,6 @@
 """The comparison of entropy with cosine similarity and with random choices: rankings, costs of pruning, and the paper's claims."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -27,9 +27,9 @@ DEEPEST = Method("depth", "deepest first")
 DRAWN = [COSINE, *(method for name in ("knn", "bucket") for method in PAPER_METHODS if method.metric == name), DEEPEST]
 
 
-def all_methods(n_random: int) -> list[Method]:
-    """Every entropy by both rules, with and without the first token; every similarity; random draws; deepest first."""
-    entropies = [Method(*parts) for parts in product(ESTIMATORS, RULES, (True, False))]
+def all_methods(n_random: int, estimators: Iterable[str] = tuple(ESTIMATORS)) -> list[Method]:
+    """Entropies by both rules, with and without the first token; every similarity; random draws; deepest first."""
+    entropies = [Method(*parts) for parts in product(estimators, RULES, (True, False))]
     random = [Method(RANDOM, RANDOM, draw=draw) for draw in range(n_random)]
     return [*entropies, *(Method(name) for name in SIMILARITIES), *random, DEEPEST]
 
