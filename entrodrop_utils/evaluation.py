@@ -177,8 +177,7 @@ def _losses(
 ) -> pd.DataFrame:
     """Loss and divergence of every window of one batch without each set: set (its name), window, nll, kl."""
     layerwise, rows = LayerwiseForward(model, ids, check, repair), []
-    ((_, dense),) = layerwise.last_states([()])
-    reference = _Reference(ids, layerwise.logits(dense))
+    reference = _Reference(ids, layerwise.logits(layerwise.last))
     for drop_set, state in layerwise.last_states(sets):
         nll, kl = reference.compare(layerwise.logits(state))
         rows.extend((set_name(drop_set), i, float(nll[i]), float(kl[i])) for i in range(len(ids)))
@@ -204,8 +203,7 @@ class IncrementalLosses:
             self.forwards = [LayerwiseForward(model, ids.to(model.device)) for ids in batches]
             self.references, values = [], []
             for forward in self.forwards:  # one batch of logits at a time: they are as large as the predictions that stay
-                ((_, state),) = forward.last_states([()])
-                logits = forward.logits(state)
+                logits = forward.logits(forward.last)
                 self.references.append(_Reference(forward.ids, logits))
                 values.append(self.references[-1].compare(logits))
             self.results = {(): self._estimates(values)}
@@ -235,7 +233,7 @@ class IncrementalLosses:
         forward, depth = self.forwards[i], len(decoder_layers(self.model))
         above = [tuple(s for s in drop_set if s.layer < layer) for layer in range(depth + 1)]  # dropped before each layer
         layer = next(n for n in range(depth, -1, -1) if not above[n] or (i, n, above[n]) in self.states)
-        state = self.states[i, layer, above[layer]] if above[layer] else forward.calls[layer][0]
+        state = self.states[i, layer, above[layer]] if above[layer] else forward.dense(layer)
         for n in range(layer, depth):
             report_step("perplexity and KL", i * depth + n, len(self.forwards) * depth)
             state = forward.layer(n, state, tuple(s for s in drop_set if s.layer == n))

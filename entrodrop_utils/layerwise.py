@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -32,11 +33,13 @@ def set_name(drop_set: DropSet) -> str:
 
 
 class LayerwiseForward:
-    """The layers of a model on one batch, with the masks and positions of one whole forward pass.
+    """The layers of a model on one batch, with the masks, positions and states of one whole forward pass of the dense model.
 
-    The arguments of a layer other than the state do not depend on what was dropped before it, so they are recorded once. A first
-    pass over all layers is compared with the model's own, which detects families where that is not so.
+    The arguments of a layer other than the state do not depend on what was dropped before it, so they are recorded once. The first
+    time for a model, a pass over all layers is compared with its own, which detects families where that is not so.
     """
+
+    _checked: WeakSet[PreTrainedModel] = WeakSet()
 
     def __init__(
         self,
@@ -49,14 +52,16 @@ class LayerwiseForward:
         if repair is not None and not repair.by_layer:
             raise ValueError("a repair that changes other layers needs whole passes: evaluate inside `dropped(model, set, repair)`")
         self.model, self.ids, self.calls, self.more, self.repair = model, ids, [], None, repair
-        handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in decoder_layers(model)]
+        layers = decoder_layers(model)
+        handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in layers]
+        handles.append(layers[-1].register_forward_hook(self._record_last))
         try:
             whole = model.base_model(ids, use_cache=False, **inputs)[0]
         finally:
             for handle in handles:
                 handle.remove()
         self.embedded = self.calls[0][0]
-        if check:
+        if check and model not in self._checked:
             state = self.embedded
             for layer in range(len(self.calls)):
                 state = self.layer(layer, state, ())
@@ -65,11 +70,24 @@ class LayerwiseForward:
                 raise RuntimeError(
                     f"{type(model).__name__} cannot be evaluated layer by layer: its layers share more than their states"
                 )
+            self._checked.add(model)
 
     def _record(self, _, args: tuple, kwargs: dict) -> None:
         kwargs = dict(kwargs)  # the layer still needs its own
         state, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         self.calls.append((state, rest, kwargs))
+
+    def _record_last(self, _, __, output: Tensor | tuple) -> None:
+        self.last = self._state_of(output)
+
+    def _state_of(self, output: Tensor | tuple) -> Tensor:
+        """The state that a layer returns; some families return more, which ``_without_layers`` returns again."""
+        self.more = output[1:] if isinstance(output, tuple) else None
+        return output if self.more is None else output[0]
+
+    def dense(self, layer: int) -> Float[Tensor, "batch token dim"]:
+        """The dense model's state before a layer; after the last one for the number of layers."""
+        return self.calls[layer][0] if layer < len(self.calls) else self.last
 
     def layer(self, index: int, state: Tensor, drop_set: DropSet) -> Tensor:
         """The state after a layer without some of its sub-blocks."""
@@ -78,9 +96,7 @@ class LayerwiseForward:
         _, args, kwargs = self.calls[index]
         layer = decoder_layers(self.model)[index]
         with dropped(self.model, drop_set, self.repair) if drop_set else nullcontext():
-            output = layer(state, *args, **kwargs)
-        self.more = output[1:] if isinstance(output, tuple) else None  # some families return more than the state
-        return output if self.more is None else output[0]
+            return self._state_of(layer(state, *args, **kwargs))
 
     def logits(self, state: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token vocab"]:
         """Final norm and head of states: those of the batch, or any others of at most ``MAX_TOKENS`` tokens."""
@@ -102,9 +118,10 @@ class LayerwiseForward:
 
     def last_states(self, sets: list[DropSet]) -> Iterator[tuple[DropSet, Float[Tensor, "batch token dim"]]]:
         """Each set with the state after the last layer. Sets that agree on the first n layers share these layers."""
-        yield from self._walk(0, self.embedded, sets)
+        yield from self._walk(0, self.embedded, sets, untouched=True)
 
-    def _walk(self, layer: int, state: Tensor, sets: list[DropSet]) -> Iterator[tuple[DropSet, Tensor]]:
+    def _walk(self, layer: int, state: Tensor, sets: list[DropSet], untouched: bool) -> Iterator[tuple[DropSet, Tensor]]:
+        """The sets that have this state before a layer; ``untouched``: nothing was dropped up to there."""
         if layer == len(self.calls):
             yield sets[0], state
             return
@@ -112,7 +129,9 @@ class LayerwiseForward:
         for drop_set in sets:
             branches.setdefault(tuple(s for s in drop_set if s.layer == layer), []).append(drop_set)
         for dropped_here, members in branches.items():
-            yield from self._walk(layer + 1, self.layer(layer, state, dropped_here), members)
+            same = untouched and not dropped_here
+            after = self.dense(layer + 1) if same else self.layer(layer, state, dropped_here)
+            yield from self._walk(layer + 1, after, members, same)
 
 
 class Bar:
