@@ -16,6 +16,7 @@ from .residual import SubBlock
 
 MAX_TOKENS = 512  # whose logits are held at a time: 100 MB at a vocabulary of 49,152
 DropSet = tuple[SubBlock, ...]  # sorted; the empty one is the dense model
+_CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # models that can be evaluated layer by layer
 
 
 def distinct_sets(model: PreTrainedModel, sets: Iterable[Sequence[SubBlock]]) -> list[DropSet]:
@@ -39,8 +40,6 @@ class LayerwiseForward:
     time for a model, a pass over all layers is compared with its own, which detects families where that is not so.
     """
 
-    _checked: WeakSet[PreTrainedModel] = WeakSet()
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -61,7 +60,7 @@ class LayerwiseForward:
             for handle in handles:
                 handle.remove()
         self.embedded = self.calls[0][0]
-        if check and model not in self._checked:
+        if check and model not in _CHECKED:
             state = self.embedded
             for layer in range(len(self.calls)):
                 state = self.layer(layer, state, ())
@@ -70,7 +69,7 @@ class LayerwiseForward:
                 raise RuntimeError(
                     f"{type(model).__name__} cannot be evaluated layer by layer: its layers share more than their states"
                 )
-            self._checked.add(model)
+            _CHECKED.add(model)
 
     def _record(self, _, args: tuple, kwargs: dict) -> None:
         kwargs = dict(kwargs)  # the layer still needs its own

@@ -60,7 +60,7 @@ def test_the_tree_gives_what_single_evaluations_give(model, windows):
 
 
 def test_shared_layers_are_run_once(model, windows):
-    """Sets that differ in the last layer only: the dense layers before it are those of the recorded pass; the check is made once."""
+    """Sets that differ in the last layer only: the dense layers before it are those of the recorded pass, checked once."""
     for kind in KINDS:  # the first use of a model and of a kind runs a check
         with dropped(model, [SubBlock(1, kind)]):
             pass
