@@ -15,7 +15,7 @@ from .choice import Choice, Ranking
 from .loaded import LoadedModel
 from .settings import Settings
 
-N_SEQUENCES, N_TOKENS = 6, 128  # to rank on, and as many to evaluate: an answer within two seconds on two cores
+N_SEQUENCES, N_TOKENS = 6, 80  # to rank on, and as many to evaluate: an answer within two seconds on two cores
 
 
 class Explorer:

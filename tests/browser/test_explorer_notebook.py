@@ -91,7 +91,7 @@ def test_from_run_all_to_a_saved_model(page, explorer, screenshots):
         shutil.rmtree(folder)
     assert len(find(saved, "attention")) == 21
     assert f"{saved.num_parameters() / 1e6:.1f} M" in after[4]
-    assert "Chosen by bucket (bins 20), one-shot, measured on 6 windows of 128 tokens of docs" in card
+    assert "Chosen by bucket (bins 20), one-shot, measured on 6 windows of 80 tokens of docs" in card
 
 
 def memory(pid: int) -> tuple[float, float]:
