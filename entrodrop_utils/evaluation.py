@@ -18,7 +18,7 @@ from .dropping import Repair, dropped
 from .families.decoder import decoder_layers
 from .families.self_check import evaluation_mode, measuring
 from .layerwise import MAX_TOKENS, Bar, DropSet, LayerwiseForward, distinct_sets, set_name
-from .processes import n_processes, share_of, split_map
+from .processes import share_of, split_map
 from .progress import progress, report_step
 from .residual import SubBlock, check_tokens
 
@@ -163,7 +163,7 @@ def losses_by_set(
 
             def compute(missing: list[str]) -> pd.DataFrame:
                 drop_sets = [named[name] for name in missing]
-                return _losses(model, ids.to(model.device), drop_sets, repair, check=batch < n_processes(), done=done)
+                return _losses(model, ids.to(model.device), drop_sets, repair, done)
 
             losses = cache.rows_by_set("losses", cache.subkey(base, cache.tensor_digest(ids)), named, compute, done)
             return losses.assign(window=losses.window + batch * len(batches[0]))
@@ -173,10 +173,10 @@ def losses_by_set(
 
 
 def _losses(
-    model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list[DropSet], repair: Repair | None, check: bool, done
+    model: PreTrainedModel, ids: Int[Tensor, "window token"], sets: list[DropSet], repair: Repair | None, done
 ) -> pd.DataFrame:
     """Loss and divergence of every window of one batch without each set: set (its name), window, nll, kl."""
-    layerwise, rows = LayerwiseForward(model, ids, check, repair), []
+    layerwise, rows = LayerwiseForward(model, ids, repair), []
     reference = _Reference(ids, layerwise.logits(layerwise.last))
     for drop_set, state in layerwise.last_states(sets):
         nll, kl = reference.compare(layerwise.logits(state))

@@ -44,7 +44,6 @@ class LayerwiseForward:
         self,
         model: PreTrainedModel,
         ids: Int[Tensor, "batch token"],
-        check: bool = True,
         repair: Repair | None = None,
         **inputs: Tensor,
     ):
@@ -59,9 +58,8 @@ class LayerwiseForward:
         finally:
             for handle in handles:
                 handle.remove()
-        self.embedded = self.calls[0][0]
-        if check and model not in _CHECKED:
-            state = self.embedded
+        if model not in _CHECKED:
+            state = self.dense(0)
             for layer in range(len(self.calls)):
                 state = self.layer(layer, state, ())
             output = self._without_layers(model.base_model, ids, state)[0]
@@ -117,7 +115,7 @@ class LayerwiseForward:
 
     def last_states(self, sets: list[DropSet]) -> Iterator[tuple[DropSet, Float[Tensor, "batch token dim"]]]:
         """Each set with the state after the last layer. Sets that agree on the first n layers share these layers."""
-        yield from self._walk(0, self.embedded, sets, untouched=True)
+        yield from self._walk(0, self.dense(0), sets, untouched=True)
 
     def _walk(self, layer: int, state: Tensor, sets: list[DropSet], untouched: bool) -> Iterator[tuple[DropSet, Tensor]]:
         """The sets that have this state before a layer; ``untouched``: nothing was dropped up to there."""

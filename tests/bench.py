@@ -7,6 +7,7 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from unittest import mock
 
 import lm_eval
@@ -140,6 +141,13 @@ def scoring_pass(model: PreTrainedModel, name: str) -> Iterator[Row]:
         yield _row(f"scores: {title}", f"{name}, 256 tokens", "forward pass without logits", timed, memory)
 
 
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """While open, the cache on disk has nothing and gets nothing."""
+    with mock.patch.object(cache, "read", return_value=None), mock.patch.object(cache, "write"):
+        yield
+
+
 def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
     """The losses of 10 nested sets: one after another as a plain loop, and with the layers that they share run once."""
     ids = torch.randint(0, model.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
@@ -154,7 +162,7 @@ def many_sets(model: PreTrainedModel, name: str) -> Iterator[Row]:
         return losses
 
     def shared() -> list[float]:
-        with mock.patch.object(cache, "read", return_value=None), mock.patch.object(cache, "write"):
+        with nothing_kept():
             return evaluation.losses_by_set(model, ids, sets).groupby("set", sort=False).nll.mean().tolist()
 
     np.testing.assert_allclose(shared(), loop(), rtol=1e-4)
@@ -181,7 +189,7 @@ def many_answers(model: PreTrainedModel, name: str) -> Iterator[Row]:
         return values
 
     def ours() -> list[float]:
-        with mock.patch.object(cache, "read", return_value=None), mock.patch.object(cache, "write"):
+        with nothing_kept():
             table = task_scores_by_set(model, tokenizer, [task], sets, limit)[0]
         return table[table.metric == "acc"].set_index("set").value[sets].tolist()
 

@@ -116,11 +116,11 @@ def test_answers_are_kept_batch_by_batch(model, monkeypatch):
     first = loglikelihoods_by_set(model, asked, SETS[:1])
     work = loglikelihoods._answered
 
-    def counted(model, rows, sets, repair, check, done):
+    def counted(model, rows, sets, repair, done):
         calls.append(sets)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return work(model, rows, sets, repair, check, done)
+        return work(model, rows, sets, repair, done)
 
     monkeypatch.setattr(loglikelihoods, "_answered", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -105,7 +105,7 @@ def closed_loop(
     fits: dict[SubBlock, BranchFit] = {}
     first, last, n = drop_set[0].layer, drop_set[-1].layer, len(windows)
     forward = LayerwiseForward(model, windows[:1].to(model.device))
-    shape = (n, *forward.embedded.shape)
+    shape = (n, *forward.dense(0).shape)
     with TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("dense", "repaired")]
         dense, repaired = (torch.from_file(file, True, math.prod(shape), dtype=model.dtype).view(shape) for file in files)
@@ -145,7 +145,7 @@ def _through(
         capture(forward.model, lambda endpoint, value: stream.update({endpoint: value.clone()})),
         branch_inputs(forward.model, [read] if read else []) as inputs,
     ):
-        stream[2 * layer + 2] = forward.layer(layer, state.to(forward.calls[layer][0].device), ())
+        stream[2 * layer + 2] = forward.layer(layer, state.to(forward.dense(layer).device), ())
     return stream, inputs.get(read)
 
 

@@ -27,7 +27,7 @@ DEEPEST = Method("depth", "deepest first")
 DRAWN = [COSINE, *(method for name in ("knn", "bucket") for method in PAPER_METHODS if method.metric == name), DEEPEST]
 
 
-def all_methods(n_random: int, estimators: Iterable[str] = tuple(ESTIMATORS)) -> list[Method]:
+def all_methods(n_random: int, estimators: Iterable[str]) -> list[Method]:
     """Entropies by both rules, with and without the first token; every similarity; random draws; deepest first."""
     entropies = [Method(*parts) for parts in product(estimators, RULES, (True, False))]
     random = [Method(RANDOM, RANDOM, draw=draw) for draw in range(n_random)]

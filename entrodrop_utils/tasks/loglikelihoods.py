@@ -15,7 +15,7 @@ from .. import cache
 from ..dropping import Repair
 from ..families.self_check import measuring
 from ..layerwise import MAX_TOKENS, Bar, DropSet, LayerwiseForward, set_name
-from ..processes import n_processes, share_of, split_map
+from ..processes import share_of, split_map
 
 Question = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a context and of a continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation (nats), and whether greedy decoding would give it
@@ -41,7 +41,7 @@ def loglikelihoods_by_set(
             rows = batches[batch]
 
             def compute(missing: list[str]) -> pd.DataFrame:
-                return _answered(model, rows, [named[name] for name in missing], repair, batch < n_processes(), done)
+                return _answered(model, rows, [named[name] for name in missing], repair, done)
 
             return cache.rows_by_set("answers", cache.subkey(base, rows), named, compute, done)
 
@@ -139,13 +139,11 @@ def _longest_packed(model: PreTrainedModel) -> int:
     return min(PACKED, window or PACKED) if same else 0
 
 
-def _answered(
-    model: PreTrainedModel, rows: Sequence[Row], sets: list[DropSet], repair: Repair | None, check: bool, done
-) -> pd.DataFrame:
+def _answered(model: PreTrainedModel, rows: Sequence[Row], sets: list[DropSet], repair: Repair | None, done) -> pd.DataFrame:
     """The answers of one batch for each set: set (written), question, logprob (nats), greedy."""
     ids, inputs, reads = _inputs(rows, model)
     question, row, token, target = reads.T
-    layerwise, found = LayerwiseForward(model, ids, check, repair, **inputs), []
+    layerwise, found = LayerwiseForward(model, ids, repair, **inputs), []
     count = int(question.max()) + 1
     for one, state in layerwise.last_states(sets):
         logprob, greedy = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.bool)
