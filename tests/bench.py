@@ -4,6 +4,7 @@ The references are the published formulas, written plainly here, and other libra
 """
 
 import argparse
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from scipy import stats
 from sklearn.metrics.pairwise import paired_cosine_distances
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
 
 from entrodrop_utils import cache, entropy, evaluation, scoring, similarity
 from entrodrop_utils.dropping import dropped
@@ -27,6 +29,7 @@ from entrodrop_utils.files import write_text
 from entrodrop_utils.paths import RESULTS
 from entrodrop_utils.progress import progress
 from entrodrop_utils.residual import find
+from entrodrop_utils.saving import remove
 from entrodrop_utils.statistics import Interval
 from entrodrop_utils.studies import speed
 from entrodrop_utils.tasks import task_scores_by_set
@@ -198,6 +201,34 @@ def many_answers(model: PreTrainedModel, name: str) -> Iterator[Row]:
     yield _row("answers of 4 models", f"{name}, {limit} items of {task}", "lm-evaluation-harness, 16 at a time", timed)
 
 
+def compiled(model: PreTrainedModel, name: str) -> Iterator[Row]:
+    """Decoding with torch.compile and a static cache: against decoding without, and a pruned model against the dense one."""
+    n_dropped, n_tokens = round(0.375 * len(find(model, "attention"))), 16
+    smaller = remove(copy.deepcopy(model), find(model, "attention")[-n_dropped:])
+    start = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+
+    @torch.inference_mode()
+    def written(step: Callable, cache: Callable[[], Cache]) -> list[int]:
+        token, kept, tokens = start, cache(), []
+        for place in range(n_tokens):
+            output = step(token, past_key_values=kept, position_ids=torch.full_like(start, place), use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+            tokens.append(token.item())
+        return tokens
+
+    plain = functools.partial(written, model, DynamicCache)
+    dense, pruned = (
+        functools.partial(written, torch.compile(each.forward), functools.partial(StaticCache, each.config, 2 * n_tokens))
+        for each in (model, smaller)
+    )
+    assert dense() == plain()
+    setting, how = f"{name}, {n_tokens} tokens", {"threads": torch.get_num_threads(), "least": 0.01}
+    yield _row("decoding, compiled", setting, "without torch.compile", speed.side_by_side(plain, dense, **how))
+    what = f"decoding, {n_dropped} attention layers less"
+    assert pruned() == written(smaller, DynamicCache)
+    yield _row(what, setting, "dense, both compiled", speed.side_by_side(dense, pruned, **how))
+
+
 def growth() -> Iterator[Row]:
     """How time grows: the slope of log time over log size, 1 where it is proportional, with the interval of the regression."""
     x = {n: torch.randn(n, 1024) for n in (128, 256, 512, 1024, 2048)}
@@ -234,7 +265,7 @@ def main() -> None:
     chosen = parser.parse_args()
     device = torch.device(chosen.device).type
     model = speed.load_for_speed(chosen.model, chosen.device)
-    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets, many_answers)]
+    of_model = [functools.partial(part, model, chosen.model) for part in (scoring_pass, many_sets, many_answers, compiled)]
     rows = []
     for part in progress(of_model if device == "cuda" else [estimators, *of_model, growth], "bench"):
         for row in part():
