@@ -104,6 +104,16 @@ def test_the_kept_costs_are_those_of_the_plain_algorithm(big, text):
     assert search.lazy_greedy(big, text, 4, MIXED, shortlist=2).order == gone
 
 
+def test_among_proposals_is_greedy_on_a_model_with_no_others(big, text):
+    among = [s for kind in MIXED for s in find(big, kind)][1::2]
+    left, gone = list(among), []
+    for _ in range(3):
+        gone.append(min(left, key=lambda s: plain_cost(big, text, [*gone, s], "kl")))
+        left.remove(gone[-1])
+    chosen = search.lazy_greedy(big, text, 3, MIXED, shortlist=None, among=among)
+    assert chosen.order == gone and chosen.passes < search.greedy(big, text, 3, MIXED).passes
+
+
 @pytest.mark.parametrize(("n", "evolves"), [(2, False), pytest.param(3, True, marks=pytest.mark.slow)])
 def test_the_best_of_all_sets_is_found_on_eight_layers(text, n, evolves):
     model = uneven(8, seed=1)
@@ -372,6 +382,8 @@ def test_a_second_run_reads_the_costs_and_reports_the_same_passes(big, text, mon
         (lambda m, w: search.greedy(m, w, 1, ("block", "mlp")), "a block is its attention layer and its MLP"),
         (lambda m, w: search.greedy(m, w, 1, "heads"), "unknown kind 'heads'"),
         (lambda m, w: search.greedy(m, w, 1, measure="acc"), "unknown measure 'acc'"),
+        (lambda m, w: search.lazy_greedy(m, w, 2, among=find(m, "attention")[:1]), "cannot drop 2 of 1 sub-blocks"),
+        (lambda m, w: search.lazy_greedy(m, w, 1, among=find(m, "mlp")[:1]), "cannot search .*: not among the 6 sub-blocks"),
         (lambda m, w: search.evopress(m, w, 6), "at most 5"),
         (lambda m, w: search.cbo(m, w, 7, "mlp"), "at most 6"),
         (lambda m, w: search.angular_window(m, w, 2, "mlp"), "angular windows are of whole blocks"),

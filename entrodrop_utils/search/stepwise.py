@@ -1,5 +1,7 @@
 """Searches that drop one sub-block after another by what it really costs: single drops, greedy and lazy greedy."""
 
+from collections.abc import Collection
+
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -61,6 +63,7 @@ def lazy_greedy(
     kinds: Kinds = "attention",
     shortlist: int | None = 5,
     measure: str = "kl",
+    among: Collection[SubBlock] | None = None,
 ) -> SearchResult:
     """Greedy search that measures only the ``shortlist`` cheapest sub-blocks anew after each drop.
 
@@ -76,12 +79,19 @@ def lazy_greedy(
 
     Args:
         shortlist: how many are measured in a step; None for all of them, which is ``greedy``.
-    Others, and errors, are those of ``single_drops``.
+        among: the only sub-blocks that are searched, as the first of a score's ranking; None for all of ``kinds``.
+    Others are those of ``single_drops``.
+    Raises:
+        ValueError: as ``single_drops``, and a sub-block in ``among`` that cannot be searched.
 
     >>> lazy_greedy(model, windows, 3, shortlist=2).passes < greedy(model, windows, 3).passes
     True
     """
     costs, possible = SetCosts(model, windows, measure), candidates(model, kinds)
+    if among is not None:
+        if strange := sorted(set(among) - set(possible)):
+            raise ValueError(f"cannot search {', '.join(map(str, strange))}: not among the {len(possible)} sub-blocks of {kinds!r}")
+        possible = [s for s in possible if s in among]
     n = len(take(model, possible, n))
     added = dict(zip(possible, costs.mean([sub_block] for sub_block in possible), strict=True))
     chosen: list[SubBlock] = []

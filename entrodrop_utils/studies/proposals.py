@@ -1,0 +1,134 @@
+"""Whether a score helps as a proposal: lazy greedy that searches only the sub-blocks which a score ranks first.
+
+``python -m entrodrop_utils.studies.proposals MODEL`` writes ``data/results/MODEL/confirm/07_proposals.csv`` after every kind and
+count, and beside it what was run. Notebook 07 shows it. A stopped run continues from the cache.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import pandas as pd
+
+from .. import search
+from ..files import write_text
+from ..models import load_model
+from ..paths import DATA, RESULTS
+from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
+from ..progress import progress
+from ..scoring import is_entropy, resolve
+from ..search import SearchResult
+from ..selection import count_of
+from ..statistics import comparison, interval_text
+from ..text import windows
+from .confirmation import HELD_OUT_TEXT, SCORE_TEXT, SEARCH_TEXT, SECOND_DOMAIN, SHARES, SIZE, about_confirmation
+from .methods import KIND_NAMES
+from .search_study import GREEDY, OURS, Search, against_ours, judged, rankings
+
+FILE, RECORD = "07_proposals.csv", "07_proposals_run.json"
+PROPOSED, SHORTLIST = 1.5, 2  # proposals for each sub-block dropped; of these, how many are measured in a step
+SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
+CHEAP = ("cosine", "norm_ratio")  # scores that also propose from the few tokens of the search
+AT_RANDOM, ALL = "at random", "all, shorter list"
+HELD_OUT_WINDOWS = 8
+CASE = ["model", "kind", "n_dropped"]
+
+
+def among_first(ranking: SearchResult) -> Search:
+    """Lazy greedy among the first of a ranking, ``PROPOSED`` times as many as are dropped; it spends what both spend."""
+
+    def search_proposals(model, ids, n: int, kind: str) -> SearchResult:
+        chosen = search.lazy_greedy(model, ids, n, kind, SHORTLIST, among=ranking.order[: math.ceil(PROPOSED * n)])
+        return SearchResult(chosen.order, chosen.passes + ranking.passes, chosen.tokens + ranking.tokens)
+
+    return search_proposals
+
+
+def proposals(
+    name: str, draws: int = 3, shares: Mapping[str, Sequence[float]] = SHARES, held_out_windows: int = HELD_OUT_WINDOWS
+) -> pd.DataFrame:
+    """Lazy greedy with all sub-blocks and with proposals by scores and at random, judged on two domains.
+
+    Args:
+        draws: draws of calibration text; random proposals differ between them.
+        shares: kind -> shares of its sub-blocks that are dropped.
+        held_out_windows: of each domain.
+    Returns:
+        The columns of ``against_ours``, and the same difference from random proposals: random_difference, random_low, random_high
+        (nats per token; below zero better than random proposals).
+    """
+    profile = Profile(model=name, size=SIZE, output=str(DATA))
+    model, tokenizer = load_model(name)
+    amounts = (SEARCH_TEXT, SCORE_TEXT)
+    short, long = ([windows(DEFAULT_TEXT, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in amounts)
+    held_out = {
+        domain: windows(domain, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1])
+        for domain in (DEFAULT_TEXT, SECOND_DOMAIN)
+    }
+    tables, measured = [], {}
+    for kind, share in progress([(kind, share) for kind, of_kind in shares.items() for share in of_kind], "proposals"):
+        n, parts = count_of(share, len(search.candidates(model, kind))), []
+        for draw in range(draws):
+            orders = {name: search.by_score(model, long[draw], None, kind, {name: score}) for name, score in SCORES.items()}
+            orders |= {f"{name}, short": search.by_score(model, short[draw], None, kind, name) for name in CHEAP}
+            orders[AT_RANDOM] = search.random_draw(model, short[draw], None, kind, seed=[draw])
+            searches = {OURS: search.lazy_greedy, GREEDY: search.greedy, ALL: partial(search.lazy_greedy, shortlist=SHORTLIST)}
+            methods = searches | {name: among_first(order) for name, order in orders.items()}
+            parts.append(rankings(model, [short[draw]], methods, [kind], [n]).assign(draw=draw))
+        choices, losses = judged(model, pd.concat(parts, ignore_index=True), held_out)
+        table, from_random = (against_ours(choices, losses, reference) for reference in (OURS, AT_RANDOM))
+        tables.append(table.assign(**{f"random_{end}": from_random[end] for end in ("difference", "low", "high")}))
+        profile.write(pd.concat(tables), FILE)
+        measured.setdefault(kind, []).append(share)
+        record = about_confirmation(name, DEFAULT_TEXT, draws, (), measured, held_out_windows)
+        write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
+    return pd.concat(tables, ignore_index=True)
+
+
+def committed_proposals() -> pd.DataFrame:
+    """The committed tables of all models: model, and the columns of ``proposals``."""
+    paths = sorted(RESULTS.glob(f"*/{SIZE}/{FILE}"))
+    return pd.concat([pd.read_csv(path).assign(model=path.parts[-3]) for path in paths], ignore_index=True)
+
+
+def proposal_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What every proposal costs more than lazy greedy with all sub-blocks, on the calibration text's domain; and tokens spent."""
+    rows = table[(table.domain == DEFAULT_TEXT) & (table.method != OURS)]
+    rows = rows.assign(value=interval_text(rows, ["difference", "low", "high"], ".2g"))
+    shown = rows.pivot_table("value", "method", CASE, aggfunc="first", sort=False)
+    spent = rows.groupby("method", sort=False).share.mean().map("{:.0%}".format)
+    return shown.assign(**{"tokens of greedy": spent})
+
+
+def proposal_sentences(table: pd.DataFrame) -> list[str]:
+    """In how many cases (model, domain, kind, count) a score proposes better than chance, and costs no more than lazy greedy."""
+    lines = []
+    for method, rows in table[~table.method.isin([OURS, GREEDY, ALL, AT_RANDOM])].groupby("method", sort=False):
+        better = [comparison(-row.random_high, -row.random_low) for row in rows.itertuples()]
+        level = (rows.low <= 0).sum()
+        what = "entropy" if method in SCORES and is_entropy(SCORES[method]) else "similarity"
+        lines.append(
+            f"{method} ({what}): better than random proposals in {better.count('better')} of {len(rows)} cases, worse in "
+            f"{better.count('worse')}; not shown to cost more than lazy greedy in {level}, with "
+            f"{rows.share.mean():.0%} of greedy's tokens."
+        )
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure proposals on a model, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.proposals", description=main.__doc__)
+    parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="as for load_model, a registered name")
+    parser.add_argument("--draws", type=int, default=3, help="draws of calibration text")
+    parser.add_argument("--kinds", nargs="*", default=[*SHARES], choices=[*KIND_NAMES], help="kinds of sub-blocks")
+    chosen = parser.parse_args(arguments)
+    table = proposals(chosen.name, chosen.draws, {kind: SHARES[kind] for kind in chosen.kinds if kind in SHARES})
+    print(table.round(3).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
