@@ -86,6 +86,9 @@ def lazy_greedy(
 
     >>> lazy_greedy(model, windows, 3, shortlist=2).passes < greedy(model, windows, 3).passes
     True
+    >>> proposed = by_score(model, windows, 4).order
+    >>> set(lazy_greedy(model, windows, 3, among=proposed).order) < set(proposed)
+    True
     """
     costs, possible = SetCosts(model, windows, measure), candidates(model, kinds)
     if among is not None:

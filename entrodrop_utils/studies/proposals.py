@@ -34,7 +34,6 @@ SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 CHEAP = ("cosine", "norm_ratio")  # scores that also propose from the few tokens of the search
 AT_RANDOM, ALL = "at random", "all, shorter list"
 HELD_OUT_WINDOWS = 8
-CASE = ["model", "kind", "n_dropped"]
 
 
 def among_first(ranking: SearchResult) -> Search:
@@ -95,16 +94,16 @@ def committed_proposals() -> pd.DataFrame:
 
 
 def proposal_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What every proposal costs more than lazy greedy with all sub-blocks, on the calibration text's domain; and tokens spent."""
+    """What every proposal costs a model more than lazy greedy with all sub-blocks, on the domain of the calibration text."""
     rows = table[(table.domain == DEFAULT_TEXT) & (table.method != OURS)]
     rows = rows.assign(value=interval_text(rows, ["difference", "low", "high"], ".2g"))
-    shown = rows.pivot_table("value", "method", CASE, aggfunc="first", sort=False)
+    shown = rows.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
     spent = rows.groupby("method", sort=False).share.mean().map("{:.0%}".format)
     return shown.assign(**{"tokens of greedy": spent})
 
 
 def proposal_sentences(table: pd.DataFrame) -> list[str]:
-    """In how many cases (model, domain, kind, count) a score proposes better than chance, and costs no more than lazy greedy."""
+    """In how many cases (domain, kind, count) a score proposes better than chance, and costs no more than lazy greedy."""
     lines = []
     for method, rows in table[~table.method.isin([OURS, GREEDY, ALL, AT_RANDOM])].groupby("method", sort=False):
         better = [comparison(-row.random_high, -row.random_low) for row in rows.itertuples()]
