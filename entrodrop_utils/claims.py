@@ -12,10 +12,10 @@ from .statistics import Interval, mean_interval, verdict
 
 COLUMNS = ("claim", "source", "published", "measured", "low", "high", "goal", "verdict", "evidence")
 MEASURED = "; measured: "  # between a claim and its quantity
-BENCHMARKS, HOME_MADE, HELD_OUT, CALIBRATION = EVIDENCE = (  # strongest first
+BENCHMARKS, HELD_OUT, HOME_MADE, CALIBRATION = EVIDENCE = (  # strongest first; home-made tasks have a few dozen items
     "public benchmarks",
-    "home-made tasks",
     "held-out text",
+    "home-made tasks",
     "calibration text",
 )
 SIZES = ("paper", "full", "default", "large", "xlarge")  # of runs, the one with more text, then more draws, first

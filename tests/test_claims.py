@@ -52,6 +52,8 @@ def test_a_claim_is_judged_on_its_strongest_evidence(tmp_path):
             ("a; measured: x", -2, "held-out text: 9 windows"),
             ("a; measured: z", 3, "home-made tasks: 1 task"),
             ("b", -1, ""),
+            ("c; measured: z", 0.1, "home-made tasks: 70 items"),
+            ("c; measured: x", -1, "held-out text: 9 windows"),
         ],
         "full": [("a; measured: x", -1, "held-out text: 3 windows")],
     }
@@ -60,11 +62,15 @@ def test_a_claim_is_judged_on_its_strongest_evidence(tmp_path):
         made = [claims.claim_row(text, "s", "", Interval(v, v - 0.5, v + 0.5), 0.0, evidence) for text, v, evidence in parts]
         pd.DataFrame(made).to_csv(tmp_path / size / "claims.csv", index=False)
     table = claims.ledger(tmp_path).set_index("claim")
-    assert list(table.index) == ["a", "b"]
+    assert list(table.index) == ["a", "b", "c"]
     assert table.loc["a", ["quantity", "verdict", "evidence"]].tolist() == ["y", "holds", "public benchmarks: 1 task"]
     assert table.disagrees["a"].split("; ") == [
         "does not hold by x on held-out text: 9 windows: -2 [-2.5, -1.5]",
         "does not hold by x on held-out text: 3 windows: -1 [-1.5, -0.5]",
+    ]
+    assert table.loc["c", ["verdict", "disagrees"]].tolist() == [
+        "does not hold",
+        "inconclusive by z on home-made tasks: 70 items: 0.1 [-0.4, 0.6]",
     ]
     assert table.loc["b", ["size", "verdict"]].tolist() == ["paper", "does not hold"]
 
