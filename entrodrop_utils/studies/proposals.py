@@ -17,12 +17,12 @@ from .. import search
 from ..files import write_text
 from ..models import load_model
 from ..paths import DATA, RESULTS
-from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
+from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile, slug
 from ..progress import progress
 from ..scoring import is_entropy, resolve
 from ..search import SearchResult
 from ..selection import count_of
-from ..statistics import comparison, interval_text
+from ..statistics import interval_text
 from ..text import windows
 from .confirmation import HELD_OUT_TEXT, SCORE_TEXT, SEARCH_TEXT, SECOND_DOMAIN, SHARES, SIZE, about_confirmation
 from .methods import KIND_NAMES
@@ -88,33 +88,45 @@ def proposals(
 
 
 def committed_proposals() -> pd.DataFrame:
-    """The committed tables of all models: model, and the columns of ``proposals``."""
-    paths = sorted(RESULTS.glob(f"*/{SIZE}/{FILE}"))
+    """The committed tables of all models, the default one first: model, and the columns of ``proposals``."""
+    paths = sorted(RESULTS.glob(f"*/{SIZE}/{FILE}"), key=lambda path: path.parts[-3] != slug(DEFAULT_MODEL))
     return pd.concat([pd.read_csv(path).assign(model=path.parts[-3]) for path in paths], ignore_index=True)
 
 
 def proposal_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What every proposal costs a model more than lazy greedy with all sub-blocks, on the domain of the calibration text."""
-    rows = table[(table.domain == DEFAULT_TEXT) & (table.method != OURS)]
-    rows = rows.assign(value=interval_text(rows, ["difference", "low", "high"], ".2g"))
-    shown = rows.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
-    spent = rows.groupby("method", sort=False).share.mean().map("{:.0%}".format)
-    return shown.assign(**{"tokens of greedy": spent})
+    """What every proposal costs a model more than lazy greedy with all sub-blocks, on the domain of the calibration text.
+
+    Returns:
+        A column for each kind and count; in how many cases (domain, kind, count) the proposal is decidedly better and worse than a
+        random one; and its tokens as a share of greedy's.
+    """
+    rows = table[table.method != OURS]
+    own = rows[rows.domain == DEFAULT_TEXT].assign(value=lambda own: interval_text(own, ["difference", "low", "high"]))
+    shown = own.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
+    by_method = rows.groupby("method", sort=False)
+    counts = {"better than random": by_method.random_high.agg(_below), "worse": by_method.random_low.agg(_above)}
+    return shown.assign(**counts, tokens=by_method.share.mean().map("{:.0%}".format))
+
+
+def _below(values: pd.Series) -> str:
+    return f"{(values < 0).sum()} of {len(values)}"
+
+
+def _above(values: pd.Series) -> str:
+    return f"{(values > 0).sum()} of {len(values)}"
 
 
 def proposal_sentences(table: pd.DataFrame) -> list[str]:
-    """In how many cases (domain, kind, count) a score proposes better than chance, and costs no more than lazy greedy."""
-    lines = []
-    for method, rows in table[~table.method.isin([OURS, GREEDY, ALL, AT_RANDOM])].groupby("method", sort=False):
-        better = [comparison(-row.random_high, -row.random_low) for row in rows.itertuples()]
-        level = (rows.low <= 0).sum()
-        what = "entropy" if method in SCORES and is_entropy(SCORES[method]) else "similarity"
-        lines.append(
-            f"{method} ({what}): better than random proposals in {better.count('better')} of {len(rows)} cases, worse in "
-            f"{better.count('worse')}; not shown to cost more than lazy greedy in {level}, with "
-            f"{rows.share.mean():.0%} of greedy's tokens."
-        )
-    return lines
+    """In how many cases (model, score, domain, kind, count) entropies and similarities propose decidedly better and worse than
+    chance, and cost more than lazy greedy.
+    """
+    scores = table[~table.method.isin([OURS, GREEDY, ALL, AT_RANDOM])]
+    entropic = scores.method.isin([name for name, score in SCORES.items() if is_entropy(score)])
+    return [
+        f"Proposals by {name}: better than random ones in {(rows.random_high < 0).sum()} of {len(rows)} cases, worse in "
+        f"{(rows.random_low > 0).sum()}; costlier than lazy greedy in {(rows.low > 0).sum()}."
+        for name, rows in {"entropy": scores[entropic], "similarity": scores[~entropic]}.items()
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
