@@ -25,7 +25,6 @@ from ..selection import count_of
 from ..statistics import interval_text
 from ..text import windows
 from .confirmation import HELD_OUT_TEXT, SCORE_TEXT, SEARCH_TEXT, SECOND_DOMAIN, SHARES, SIZE, about_confirmation
-from .methods import KIND_NAMES
 from .search_study import GREEDY, OURS, Search, against_ours, judged, rankings
 
 FILE, RECORD = "07_proposals.csv", "07_proposals_run.json"
@@ -134,9 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.proposals", description=main.__doc__)
     parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="as for load_model, a registered name")
     parser.add_argument("--draws", type=int, default=3, help="draws of calibration text")
-    parser.add_argument("--kinds", nargs="*", default=[*SHARES], choices=[*KIND_NAMES], help="kinds of sub-blocks")
+    parser.add_argument("--kinds", nargs="*", default=[*SHARES], choices=[*SHARES], help="kinds of sub-blocks")
     chosen = parser.parse_args(arguments)
-    table = proposals(chosen.name, chosen.draws, {kind: SHARES[kind] for kind in chosen.kinds if kind in SHARES})
+    table = proposals(chosen.name, chosen.draws, {kind: SHARES[kind] for kind in chosen.kinds})
     print(table.round(3).to_string(index=False))
     return 0
 
