@@ -222,3 +222,11 @@ def test_the_answers_of_the_notebook(measured):
     assert "60 steps" in trained and "docs 0.10 [0.00, 0.20] of 0.40" in trained
     assert "saves" in answered.saved_sentence(losses, drop_set, "docs", 4)
     assert "the linear map leaves" in answered.budget_sentence(costs)
+
+
+def test_a_family_that_cannot_carry_a_repair_in_its_weights_has_none_and_says_why(capsys):
+    made = study.repairs_in_weights(tiny("Gemma 3 (text)"), SETS[1], TEXT)
+    assert "fold" not in made and "no fold: Gemma3ForCausalLM cannot carry a repair in its" in capsys.readouterr().out
+    made = study.repairs_in_weights(tiny("Llama"), SETS[1], TEXT)
+    assert {name: [*of] for name, of in made.items()} == {"fold": [SETS[1]], "scale": [SETS[1]]}
+    assert capsys.readouterr().out == ""

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from ..attention import cache_bytes
 from ..dropping import Repair, dropped
 from ..evaluation import losses_by_set, perplexity
+from ..families.decoder import UnsupportedModel
 from ..families.self_check import measuring
 from ..figures import COLOURS, GREY, KIND_COLOURS, headed_panels, label_ends
 from ..layerwise import DropSet
-from ..repairing import maps_by_how, rank_for_repair
+from ..repairing import folds_by_set, maps_by_how, rank_for_repair, repair
 from ..residual import SubBlock, find
 from ..selection import protected_layers
 from ..statistics import Interval, comparison, mean_interval, paired_difference
@@ -122,6 +123,23 @@ def repair_table(losses: Losses, choices: Mapping[Choice, DropSet], fitted_on: s
     intervals = [f"{value}{end}" for value in ("increase", "saved") for end in ("", "_low", "_high")]
     columns = ["fitted_on", "domain", "in_domain", "repair", "kind", *METHOD_COLUMNS, "n_dropped", "nll", *intervals]
     return pd.DataFrame(rows, columns=columns)
+
+
+def repairs_in_weights(
+    model: PreTrainedModel, drop_set: DropSet, fit_text: Int[Tensor, "window token"]
+) -> dict[str, dict[DropSet, Repair]]:
+    """The fold and the scale of one set; one that the model's family cannot carry is left out, and the reason is printed."""
+    fits = {
+        "fold": lambda: folds_by_set(model, [drop_set], fit_text),
+        "scale": lambda: {drop_set: repair(model, drop_set, fit_text[:4], "scale")},
+    }
+    made = {}
+    for name, fit in fits.items():
+        try:
+            made[name] = fit()
+        except UnsupportedModel as error:
+            print(f"no {name}: {error}")
+    return made
 
 
 def repaired_cases(losses: Losses, choices: Mapping[Choice, DropSet]) -> Iterator[tuple[str, int, str, dict[Method, DropSet]]]:
