@@ -1,6 +1,8 @@
 """The confirmation of lazy greedy: its table against plain losses, its counts and sentences against loops over the table."""
 
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,17 +25,20 @@ def plain_losses(model, windows, sub_blocks) -> np.ndarray:
         return np.array([float(model(w[None], labels=w[None]).loss) for w in windows])
 
 
+@contextmanager
+def on_a_tiny_model(module, folder: Path, searched: tuple[int, int], scored: tuple[int, int]):
+    """While open, the study in this module measures a tiny model on random tokens and writes into the folder."""
+    amounts = {"SEARCH_TEXT": searched, "SCORE_TEXT": scored, "HELD_OUT_TEXT": (4, 14)}
+    inputs = {"load_model": lambda name: (tiny_llama(), None), "windows": text_of}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**inputs, **amounts, "DATA": folder, "RESULTS": folder / "results"}.items():
+            patch.setattr(module, name, value)
+        yield patch
+
+
 @pytest.fixture(scope="module")
 def confirmed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "load_model", lambda name: (tiny_llama(), None))
-        patch.setattr(study, "windows", text_of)
-        patch.setattr(study, "SEARCH_TEXT", (2, 12))
-        patch.setattr(study, "SCORE_TEXT", (2, 30))
-        patch.setattr(study, "HELD_OUT_TEXT", (4, 14))
-        patch.setattr(study, "DATA", folder)
-        patch.setattr(study, "RESULTS", folder / "results")
+    with on_a_tiny_model(study, tmp_path_factory.mktemp("data"), (2, 12), (2, 30)):
         table = study.confirm("tiny", "a file", "c4", 2, ["attention"], {"attention": [0.5], "mlp": [0.34]}, 4)
         return table, study.confirmations()
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from test_confirmation import plain_losses, text_of
+from test_confirmation import on_a_tiny_model, plain_losses, text_of
 from tiny_llama import tiny_llama
 
 from entrodrop_utils import search
@@ -16,15 +16,8 @@ from entrodrop_utils.studies import proposals as study
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "load_model", lambda name: (tiny_llama(), None))
-        patch.setattr(study, "windows", text_of)
-        patch.setattr(study, "SEARCH_TEXT", (2, 30))
-        patch.setattr(study, "SCORE_TEXT", (3, 30))
-        patch.setattr(study, "HELD_OUT_TEXT", (4, 14))
+    with on_a_tiny_model(study, folder, (2, 30), (3, 30)) as patch:
         patch.setattr(confirmation, "weight_hashes", lambda name: {})
-        for name, value in {"DATA": folder, "RESULTS": folder / "results"}.items():
-            patch.setattr(study, name, value)
         table = study.proposals("tiny", 2, {"attention": [0.34]}, 4)
         record = json.loads((folder / "results" / "tiny" / "confirm" / study.RECORD).read_text())
         return table, study.committed_proposals(), record

@@ -19,19 +19,23 @@ from ..models import load_model
 from ..paths import DATA, RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile, slug
 from ..progress import progress
-from ..scoring import is_entropy, resolve
+from ..scoring import is_entropy
 from ..search import SearchResult
 from ..selection import count_of
 from ..statistics import interval_text
 from ..text import windows
-from .confirmation import HELD_OUT_TEXT, SCORE_TEXT, SEARCH_TEXT, SECOND_DOMAIN, SHARES, SIZE, about_confirmation
+from .confirmation import HELD_OUT_TEXT, SCORE_TEXT, SCORES, SEARCH_TEXT, SECOND_DOMAIN, SHARES, SIZE, about_confirmation
 from .search_study import GREEDY, OURS, Search, against_ours, judged, rankings
 
 FILE, RECORD = "07_proposals.csv", "07_proposals_run.json"
 PROPOSED, SHORTLIST = 1.5, 2  # proposals for each sub-block dropped; of these, how many are measured in a step
-SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 CHEAP = ("cosine", "norm_ratio")  # scores that also propose from the few tokens of the search
 AT_RANDOM, ALL = "at random", "all, shorter list"
+SEARCHED: dict[str, Search] = {
+    OURS: search.lazy_greedy,
+    GREEDY: search.greedy,
+    ALL: partial(search.lazy_greedy, shortlist=SHORTLIST),
+}
 HELD_OUT_WINDOWS = 8
 
 
@@ -73,8 +77,7 @@ def proposals(
             orders = {name: search.by_score(model, long[draw], None, kind, {name: score}) for name, score in SCORES.items()}
             orders |= {f"{name}, short": search.by_score(model, short[draw], None, kind, name) for name in CHEAP}
             orders[AT_RANDOM] = search.random_draw(model, short[draw], None, kind, seed=[draw])
-            searches = {OURS: search.lazy_greedy, GREEDY: search.greedy, ALL: partial(search.lazy_greedy, shortlist=SHORTLIST)}
-            methods = searches | {name: among_first(order) for name, order in orders.items()}
+            methods = SEARCHED | {name: among_first(order) for name, order in orders.items()}
             parts.append(rankings(model, [short[draw]], methods, [kind], [n]).assign(draw=draw))
         choices, losses = judged(model, pd.concat(parts, ignore_index=True), held_out)
         table, from_random = (against_ours(choices, losses, reference) for reference in (OURS, AT_RANDOM))
@@ -103,16 +106,15 @@ def proposal_table(table: pd.DataFrame) -> pd.DataFrame:
     own = rows[rows.domain == DEFAULT_TEXT].assign(value=lambda own: interval_text(own, ["difference", "low", "high"]))
     shown = own.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
     by_method = rows.groupby("method", sort=False)
-    counts = {"better than random": by_method.random_high.agg(_below), "worse": by_method.random_low.agg(_above)}
+    counts = {
+        "better than random": by_method.random_high.agg(lambda high: _share(high < 0)),
+        "worse": by_method.random_low.agg(lambda low: _share(low > 0)),
+    }
     return shown.assign(**counts, tokens=by_method.share.mean().map("{:.0%}".format))
 
 
-def _below(values: pd.Series) -> str:
-    return f"{(values < 0).sum()} of {len(values)}"
-
-
-def _above(values: pd.Series) -> str:
-    return f"{(values > 0).sum()} of {len(values)}"
+def _share(decided: pd.Series) -> str:
+    return f"{decided.sum()} of {len(decided)}"
 
 
 def proposal_sentences(table: pd.DataFrame) -> list[str]:
@@ -122,7 +124,7 @@ def proposal_sentences(table: pd.DataFrame) -> list[str]:
     scores = table[~table.method.isin([OURS, GREEDY, ALL, AT_RANDOM])]
     entropic = scores.method.isin([name for name, score in SCORES.items() if is_entropy(score)])
     return [
-        f"Proposals by {name}: better than random ones in {(rows.random_high < 0).sum()} of {len(rows)} cases, worse in "
+        f"Proposals by {name}: better than random ones in {_share(rows.random_high < 0)} cases, worse in "
         f"{(rows.random_low > 0).sum()}; costlier than lazy greedy in {(rows.low > 0).sum()}."
         for name, rows in {"entropy": scores[entropic], "similarity": scores[~entropic]}.items()
     ]
