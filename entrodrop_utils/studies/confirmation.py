@@ -93,11 +93,16 @@ def confirm(
             sets = choices[choices.domain == label].groupby("method").dropped.agg("; ".join)
             table = against_ours(choices, losses).drop(columns="share")
             tables.append(table.assign(dropped=table.method.map(sets)))
-            profile.write(pd.concat(tables), FILE)
             measured.setdefault(kind, []).append(share)
             record = about_confirmation(name, label, draws, evolved, measured, held_out_windows)
-            write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
+            write_recorded(profile, pd.concat(tables), FILE, record, RECORD)
     return pd.concat(tables, ignore_index=True)
+
+
+def write_recorded(profile: Profile, table: pd.DataFrame, file: str, record: Mapping[str, object], record_file: str) -> None:
+    """The table so far, and beside it what was run."""
+    profile.write(table, file)
+    write_text(profile.output_folder / "results" / profile.folder / record_file, json.dumps(record, indent=1) + "\n")
 
 
 def about_confirmation(

@@ -5,7 +5,6 @@ count, and beside it what was run. Notebook 07 shows it. A stopped run continues
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from functools import partial
 import pandas as pd
 
 from .. import search
-from ..files import write_text
 from ..models import load_model
 from ..paths import DATA, RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile, slug
@@ -24,7 +22,17 @@ from ..search import SearchResult
 from ..selection import count_of
 from ..statistics import interval_text
 from ..text import windows
-from .confirmation import HELD_OUT_TEXT, SCORE_TEXT, SCORES, SEARCH_TEXT, SECOND_DOMAIN, SHARES, SIZE, about_confirmation
+from .confirmation import (
+    HELD_OUT_TEXT,
+    SCORE_TEXT,
+    SCORES,
+    SEARCH_TEXT,
+    SECOND_DOMAIN,
+    SHARES,
+    SIZE,
+    about_confirmation,
+    write_recorded,
+)
 from .search_study import GREEDY, OURS, Search, against_ours, judged, rankings
 
 FILE, RECORD = "07_proposals.csv", "07_proposals_run.json"
@@ -82,10 +90,9 @@ def proposals(
         choices, losses = judged(model, pd.concat(parts, ignore_index=True), held_out)
         table, from_random = (against_ours(choices, losses, reference) for reference in (OURS, AT_RANDOM))
         tables.append(table.assign(**{f"random_{end}": from_random[end] for end in ("difference", "low", "high")}))
-        profile.write(pd.concat(tables), FILE)
         measured.setdefault(kind, []).append(share)
         record = about_confirmation(name, DEFAULT_TEXT, draws, (), measured, held_out_windows)
-        write_text(DATA / "results" / profile.folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_recorded(profile, pd.concat(tables), FILE, record, RECORD)
     return pd.concat(tables, ignore_index=True)
 
 
