@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 from filelock import FileLock
 
 
@@ -26,6 +27,11 @@ def write_text(path: Path, content: str) -> None:
     """Write a text file in one step."""
     with replacing(path) as unfinished:
         unfinished.write_text(content, encoding="utf-8")
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV in one step, with six digits, so that equal numbers are equal bytes."""
+    write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def with_part(text: str, name: str, content: str) -> str:

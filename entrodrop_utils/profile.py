@@ -12,6 +12,7 @@ from typing import get_origin
 import pandas as pd
 import yaml
 
+from .files import write_table
 from .paths import BUILD, RESULTS
 
 # The runner sets this to the folder of a run. A notebook that a person runs writes to build/interactive.
@@ -64,10 +65,8 @@ class Profile:
         return f"{slug(self.model)}/{'-'.join(parts)}"
 
     def write(self, table: pd.DataFrame, name: str) -> None:
-        """Write a table as CSV to the run's results, with six digits, so that equal numbers are equal bytes."""
-        path = self.output_folder / "results" / self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
+        """Write a table as CSV to the run's results, with six digits."""
+        write_table(self.output_folder / "results" / self.folder / name, table)
 
     def committed(self, name: str, size: str | None = None, model: str | None = None) -> pd.DataFrame | None:
         """A committed table of this run's model and size, or of others; None where there is none."""

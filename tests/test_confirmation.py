@@ -13,6 +13,7 @@ from tiny_llama import tiny_llama
 from entrodrop_utils import search
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.studies import confirmation as study
+from entrodrop_utils.text import text_digest
 
 
 def text_of(source: str, part: str, tokenizer, n: int, tokens: int, draw: int = 0) -> torch.Tensor:
@@ -28,11 +29,12 @@ def plain_losses(model, windows, sub_blocks) -> np.ndarray:
 @contextmanager
 def on_a_tiny_model(module, folder: Path, searched: tuple[int, int], scored: tuple[int, int]):
     """While open, the study in this module measures a tiny model on random tokens and writes into the folder."""
-    amounts = {"SEARCH_TEXT": searched, "SCORE_TEXT": scored, "HELD_OUT_TEXT": (4, 14)}
-    inputs = {"load_model": lambda name: (tiny_llama(), None), "windows": text_of}
+    texts = {"SEARCH_TEXT": searched, "SCORE_TEXT": scored, "HELD_OUT_TEXT": (4, 14), "windows": text_of}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**inputs, **amounts, "DATA": folder, "RESULTS": folder / "results"}.items():
-            patch.setattr(module, name, value)
+        for name, value in texts.items():
+            patch.setattr(study, name, value)
+        patch.setattr(module, "load_model", lambda name: (tiny_llama(), None))
+        patch.setattr(module, "RESULTS", folder)
         yield patch
 
 
@@ -103,16 +105,15 @@ def test_the_committed_confirmations_are_of_other_models_or_texts():
         assert (ours[["difference", "low", "high"]] == 0).all(axis=None) and rows.own.any() and not rows.own.all()
 
 
-def test_a_run_is_recorded_beside_its_table(tmp_path, monkeypatch):
-    for name, value in {"load_model": lambda name: (tiny_llama(), None), "windows": text_of, "DATA": tmp_path}.items():
-        monkeypatch.setattr(study, name, value)
-    for name in ("SEARCH_TEXT", "SCORE_TEXT"):
-        monkeypatch.setattr(study, name, (2, 30))
-    study.confirm("tiny", "a file", "c4", 1, shares={"mlp": [0.34]}, held_out_windows=3)
-    (folder,) = (tmp_path / "results").glob("*/*")
-    record = json.loads((folder / study.RECORD).read_text())
-    assert record["windows and tokens"]["held out"] == [3, 64] and record["shares dropped"] == {"mlp": [0.34]}
-    assert record["calibration draws"] == 1 and (folder / study.FILE).is_file()
+def test_a_run_is_recorded_beside_its_table(tmp_path):
+    with on_a_tiny_model(study, tmp_path, (2, 30), (2, 30)):
+        study.confirm("tiny", "a file", "c4", 1, shares={"mlp": [0.34]}, held_out_windows=3)
+    (path,) = tmp_path.glob("*/*/*_run.json")
+    record = json.loads(path.read_text())
+    assert record["windows and tokens"]["held out"] == [3, 14] and record["shares dropped"] == {"mlp": [0.34]}
+    texts = {text_digest(text_of("a file", "calibration", None, 2, 30)), text_digest(text_of("a file", "evaluation", None, 3, 14))}
+    assert record["calibration draws"] == 1 and texts <= {*record["texts"]} and record["commit"]
+    assert path.name == "07_confirmation_run.json" and (path.parent / study.FILE).is_file()
 
 
 def test_the_aim_is_counted_one_by_one_on_every_decoder(confirmed):

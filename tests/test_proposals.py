@@ -9,17 +9,15 @@ from test_confirmation import on_a_tiny_model, plain_losses, text_of
 from tiny_llama import tiny_llama
 
 from entrodrop_utils import search
-from entrodrop_utils.studies import confirmation
 from entrodrop_utils.studies import proposals as study
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    with on_a_tiny_model(study, folder, (2, 30), (3, 30)) as patch:
-        patch.setattr(confirmation, "weight_hashes", lambda name: {})
+    with on_a_tiny_model(study, folder, (2, 30), (3, 30)):
         table = study.proposals("tiny", 2, {"attention": [0.34]}, 4)
-        record = json.loads((folder / "results" / "tiny" / "confirm" / study.RECORD).read_text())
+        record = json.loads((folder / "tiny" / "confirm" / "07_proposals_run.json").read_text())
         return table, study.committed_proposals(), record
 
 

@@ -19,11 +19,11 @@ import pytest
 import yaml
 from nbclient.exceptions import DeadKernelError
 
-from entrodrop_utils import figures, paths
+from entrodrop_utils import figures, paths, record
 from entrodrop_utils import profile as profile_module
 from entrodrop_utils.profile import Profile, parameter_value
 from entrodrop_utils.runner import __main__ as runner_main
-from entrodrop_utils.runner import checks, index, record
+from entrodrop_utils.runner import checks, index
 from entrodrop_utils.runner import run as runner
 from entrodrop_utils.selection import count_of
 
@@ -776,7 +776,7 @@ def test_the_record_names_the_texts_of_the_output_and_the_commit(tmp_path):
         "stream", name="stdout", text="24 windows of docs, hash b258e4ffd450\nheld out: hash 64b5896584c7"
     )
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[shown])])
-    made = record.run_record(book, "02_x", Profile("no-such-model"), {"k": 2, "model": "no-such-model"}, 1.6)
+    made = record.run_record({"k": 2}, "no-such-model", runner.printed_texts(book), 1.6)
     assert made["texts"] == ["64b5896584c7", "b258e4ffd450"] and made["weights"] == {} and made["seconds"] == 2
     assert record.commit(tmp_path) == ""
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

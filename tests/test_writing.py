@@ -1,5 +1,6 @@
 """The table of generated answers: each pruned model's own, against plain counts; it grows on the disk."""
 
+import json
 import math
 
 import numpy as np
@@ -10,19 +11,50 @@ from reference import word_tokenizer
 from scipy import stats
 from tiny_llama import tiny_llama
 
+from entrodrop_utils import search
 from entrodrop_utils.cached_scoring import cached_score
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.repairing import repair
 from entrodrop_utils.residual import SubBlock
 from entrodrop_utils.selection import one_shot
 from entrodrop_utils.studies import writing as study
+from entrodrop_utils.text import text_digest
 
 
 def text_of(source: str, part: str, tokenizer, n: int, tokens: int) -> torch.Tensor:
     return torch.randint(0, 101, (n, tokens), generator=torch.Generator().manual_seed(len(part)))
 
 
-def test_every_row_is_of_the_pruned_model_that_it_names(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """The study on a tiny model and random tokens."""
+    for name, value in {
+        "load_model": lambda name, dtype="float32": (tiny_llama(), word_tokenizer()),
+        "windows": text_of,
+        "RESULTS": tmp_path,
+        "SCORED": (2, 40),
+        "SEARCHED": (2, 12),
+        "FITTED": (8, 16),
+        "PROMPTS": (3, 8),
+        "NEW": 12,
+        "FRACTIONS": (0.34, 0.5),
+    }.items():
+        monkeypatch.setattr(study, name, value)
+    return tmp_path / "tiny"
+
+
+def plain_repetition(drop_set, fitted=None) -> float:
+    with dropped(tiny_llama(), drop_set, fitted) as smaller:
+        ids = text_of("", "evaluation", None, 3, 8)
+        for _ in range(12):
+            logits = smaller(ids).logits[:, -1:]
+            logits[..., smaller.config.eos_token_id] = -math.inf  # a continuation has all its tokens
+            ids = torch.cat([ids, logits.argmax(-1)], 1)
+    runs = [[tuple(text[i : i + 4]) for i in range(9)] for text in ids[:, 8:].tolist()]
+    return np.mean([1 - len(set(pieces)) / len(pieces) for pieces in runs])
+
+
+def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
     asked = []
 
     def scored(model, tokenizer, tasks, sets, limit, repaired):
@@ -32,51 +64,60 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tmp_path, monkeypatch):
         items = [(sets[0], "sums", "sums", m, i, float(v)) for m in ("strict", "flexible") for i, v in enumerate(right)]
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
 
-    for name, value in {
-        "load_model": lambda name, dtype="float32": (tiny_llama(), word_tokenizer()),
-        "windows": text_of,
-        "task_scores_by_set": scored,
-        "RESULTS": tmp_path,
-        "SCORED": (2, 40),
-        "FITTED": (8, 16),
-        "PROMPTS": (3, 8),
-        "NEW": 12,
-        "FRACTIONS": (0.34, 0.5),
-    }.items():
-        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study, "task_scores_by_set", scored)
     table = study.generation("tiny", "sums", 10, "float32")
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "tiny" / study.FILE), table, rtol=1e-4, check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(tiny / study.FILE).fillna(""), table.fillna(""), rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
     expected = [(), *(tuple(sorted(one_shot(scores, m, "attention", n))) for n in (2, 3) for m in study.METRICS)]
     expected.append(expected[1])
-    assert asked == expected and table.task_metric.tolist() == ["strict", "flexible"] * 6
-    assert table.metric.iloc[-1] == "cosine, repaired"
+    rows = table[table.task.notna()]
+    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 6
+    assert rows.metric.iloc[-1] == "cosine, repaired"
     fitted = repair(tiny_llama(), expected[1], text_of("", "calibration", None, 8, 16))
-    for row, drop_set in zip(table.iloc[::2].itertuples(), expected, strict=True):
+    for row, drop_set in zip(rows.iloc[::2].itertuples(), expected, strict=True):
         assert row.n_dropped == len(drop_set) and row.value == (7 - len(drop_set)) / 10
+        assert row.dropped == " ".join(str(sub_block.layer) for sub_block in drop_set)
         test = stats.binomtest(7 - len(drop_set), 10).proportion_ci(method="wilson")
         assert (row.low, row.high) == pytest.approx((test.low, test.high))
-        with dropped(tiny_llama(), drop_set, fitted if "repaired" in row.metric else None) as smaller:
-            ids = text_of("", "evaluation", None, 3, 8)
-            for _ in range(12):
-                logits = smaller(ids).logits[:, -1:]
-                logits[..., smaller.config.eos_token_id] = -math.inf  # a continuation has all its tokens
-                ids = torch.cat([ids, logits.argmax(-1)], 1)
-        runs = [[tuple(text[i : i + 4]) for i in range(9)] for text in ids[:, 8:].tolist()]
-        assert row.repeated == pytest.approx(np.mean([1 - len(set(pieces)) / len(pieces) for pieces in runs]))
+        assert row.repeated == pytest.approx(plain_repetition(drop_set, fitted if "repaired" in row.metric else None))
+
+
+def test_without_items_only_repetition_is_measured_of_every_method(tiny, monkeypatch):
+    monkeypatch.setattr(study, "task_scores_by_set", None)
+    table = study.generation("tiny", "sums", 0, "float32")
+    methods = [*study.METRICS, *study.REPEATED, "lazy greedy"]
+    assert [*zip(table.metric, table.n_dropped, strict=True)] == [
+        ("dense", 0),
+        *((method, n) for n in (2, 3) for method in methods),
+        ("cosine, repaired", 2),
+    ]
+    assert table.task.isna().all() and table.value.isna().all()
+    greedy = search.lazy_greedy(tiny_llama(), text_of("", "calibration", None, 2, 12), 3, "attention").order
+    for row in table[table.metric == "lazy greedy"].itertuples():
+        assert row.dropped == " ".join(str(sub_block.layer) for sub_block in sorted(greedy[: row.n_dropped]))
+        assert row.repeated == pytest.approx(plain_repetition(greedy[: row.n_dropped]))
+    record = json.loads((tiny / "generation_run.json").read_text())
+    assert record["task"] == "" and text_digest(text_of("", "evaluation", None, 3, 8)) in record["texts"]
+    answers = pd.concat([table.assign(model=model) for model in ("a", "b")])
+    left, right = study.draw_repetition(answers, "A title").axes
+    for axis in (left, right):
+        places = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in axis.containers}
+        for method in methods:
+            assert places[method.replace("_", " ")] == table[table.metric == method].repeated.tolist()
+    assert study.answers_by_share(answers, ["value", "low", "high"]).empty and not study.answer_sentences(answers)
 
 
 def test_a_task_without_data_is_an_error(monkeypatch):
     nothing = pd.DataFrame(columns=["set", "task", "part", "metric", "item", "value"])
     monkeypatch.setattr(study, "task_scores_by_set", lambda *_: (pd.DataFrame({"note": ["cannot be had here"]}), nothing))
     with pytest.raises(RuntimeError, match="gsm8k was not measured: cannot be had here"):
-        study.generated(tiny_llama(), word_tokenizer(), (SubBlock(1, "mlp"),), "gsm8k", 2, torch.ones(1, 4, dtype=torch.long))
+        study.answer_rows(tiny_llama(), word_tokenizer(), (SubBlock(1, "mlp"),), "gsm8k", 2)
 
 
 def test_the_committed_tables_are_shown_by_model_metric_and_share(tmp_path, monkeypatch):
     rows = [("dense", 0, 0.5), ("cosine", 3, 0.4), ("cosine", 6, 0.1), ("bucket", 3, 0.3), ("bucket", 6, 0.0)]
     part = [(m, n, 24, "sums", task_metric, 40, v, v - 0.1, v + 0.1) for m, n, v in rows for task_metric in ("strict", "flexible")]
-    table = pd.DataFrame(part, columns=study.COLUMNS[:9]).reindex(columns=study.COLUMNS)
+    table = pd.DataFrame(part, columns=[c for c in study.COLUMNS[:10] if c != "dropped"]).reindex(columns=study.COLUMNS)
     table.loc[table.task_metric == "flexible", "value"] = 1.0
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     assert study.committed_answers(["a", "b"]).empty

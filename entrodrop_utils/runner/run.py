@@ -1,7 +1,6 @@
 """Run notebooks through papermill; their tables, figures and rendered copies are moved into place only when a run succeeds."""
 
 import itertools
-import json
 import logging
 import multiprocessing
 import os
@@ -31,16 +30,16 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 
 from ..claims import join_claims
-from ..files import replacing, write_text
+from ..files import replacing
 from ..models import KNOWN, check_model
 from ..paths import BUILD, FIGURES, NOTEBOOKS, RESULTS, ROOT, SIZES
 from ..processes import is_main_process, n_processes
 from ..profile import DEFAULT_MODEL, DEFAULT_SIZE, DEFAULT_TEXT, OUTPUT, Profile, plain_name, short_hash
 from ..progress import HEADLESS
+from ..record import run_record, write_record
 from ..text import check_text
 from .checks import available, cleaned, problems
 from .index import update_index, write_notebook
-from .record import run_record
 
 # How torch, CUDA, MPS and numpy say that memory ran out
 MEMORY = re.compile(r"MemoryError|out of memory|(can't|[Uu]nable to|[Cc]annot) allocate")
@@ -257,6 +256,12 @@ class Row(NamedTuple):
     where: str
 
 
+def printed_texts(notebook: nbformat.NotebookNode) -> list[str]:
+    """The hashes of token windows that the output of a rendered notebook names."""
+    output = " ".join(str(out.get("text", "")) for cell in notebook.cells for out in cell.get("outputs", []))
+    return re.findall(r"\bhash ([0-9a-f]{12})\b", output)
+
+
 def run_notebook(notebook: Path, parameters: dict[str, object], label: str, prefix: str = "") -> Row | None:
     """Run one notebook and move what it made into place; None in a process that is not the main one.
 
@@ -283,9 +288,11 @@ def run_notebook(notebook: Path, parameters: dict[str, object], label: str, pref
         write_notebook(result, stage / notebook.name)
         profile = replace(profile, output=str(stage))
         if not default:  # whose tables are the same bytes at every run; git knows the commit
-            record = run_record(result, notebook.stem, profile, own, time.monotonic() - start)
-            results = stage / "results" / profile.folder
-            write_text(results / f"{_number(notebook)}_run.json", json.dumps(record, indent=1) + "\n")
+            identity = {name: getattr(profile, name) for name in ("model", "size", "text", "seed")}
+            others = {name: value for name, value in sorted(own.items()) if name not in identity}
+            settings = {"notebook": notebook.stem, **identity, "parameters": others}
+            record = run_record(settings, profile.model, printed_texts(result), time.monotonic() - start)
+            write_record(stage / "results" / profile.folder / f"{_number(notebook)}_run.json", record)
         folders = move_into_place(profile, stage / notebook.name)
         shutil.rmtree(stage, ignore_errors=True)
         return Row(notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders)))

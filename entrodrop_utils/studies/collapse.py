@@ -18,7 +18,7 @@ from .. import cache, search
 from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.self_check import measuring
-from ..files import write_text
+from ..files import write_table
 from ..layerwise import DropSet, set_name
 from ..models import load_model
 from ..paths import RESULTS
@@ -170,7 +170,7 @@ def collapse(
                 about = {"method": method, "n_dropped": n, "n_layers": n_layers, "dropped": layers}
                 parts.append(of_set[chosen].assign(**about)[[*about, *of_set[chosen].columns]])
         table = pd.concat(parts, ignore_index=True)
-        write_text(RESULTS / slug(name) / FILE, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        write_table(RESULTS / slug(name) / FILE, table)
     return table
 
 

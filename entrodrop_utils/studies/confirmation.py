@@ -6,23 +6,24 @@ continues from the cache. Notebook 10 shows every case, notebook 07 whether the 
 """
 
 import argparse
-import json
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 
 import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .. import search
-from ..files import write_text
 from ..models import load_model
-from ..models.sources import weight_hashes
-from ..paths import DATA, RESULTS
+from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
+from ..record import run_record, write_recorded
 from ..scoring import resolve
 from ..selection import count_of
 from ..statistics import Interval, comparison, interval_text
-from ..text import windows
+from ..text import text_digest, windows
 from .methods import KIND_NAMES
 from .search_study import (
     EVOLUTION,
@@ -37,7 +38,7 @@ from .search_study import (
     scores_of,
 )
 
-FILE, RECORD = "07_confirmation.csv", "07_confirmation_run.json"
+FILE = "07_confirmation.csv"
 SIZE = "confirm"
 SHARES = {"attention": (0.375, 0.25, 0.125), "mlp": (0.25,)}  # kind -> shares dropped, the most first
 SEARCH_TEXT, SCORE_TEXT, HELD_OUT_TEXT = (3, 32), (8, 128), (6, 64)  # windows and tokens, the amounts of notebook 07
@@ -45,6 +46,7 @@ SECOND_DOMAIN = "english"
 SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 RIVALS = ("single drops", EVOLUTION, "norm_ratio", "cosine", "bucket", "knn")
 AIM = ("cosine", "norm_ratio", EVOLUTION)  # the methods below which the rule is meant to be on every decoder
+Texts = list[Int[Tensor, "_ _"]]  # windows and tokens of each draw
 
 
 def confirm(
@@ -69,16 +71,11 @@ def confirm(
         The columns of ``against_ours`` without ``share``, and ``dropped``: the layers that each draw chose, the draws separated by
         semicolons.
     """
-    label, evolved = label or text, set(evolved)
-    profile = Profile(model=name, size=SIZE, text=label, output=str(DATA))
+    label, evolved, start = label or text, set(evolved), time.monotonic()
+    path = RESULTS / Profile(model=name, size=SIZE, text=label).folder / FILE
     model, tokenizer = load_model(name)
-    short, long = (
-        [windows(text, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in (SEARCH_TEXT, SCORE_TEXT)
-    )
-    sources = {label: text} | {SECOND_DOMAIN: SECOND_DOMAIN}
-    held_out = {
-        domain: windows(source, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1]) for domain, source in sources.items()
-    }
+    short, long, held_out = study_texts(tokenizer, text, label, draws, held_out_windows)
+    hashes = [text_digest(ids) for ids in (*short, *long, *held_out.values())]
     tables, measured = [], {}
     for kind, of_kind in shares.items():
         searches = ["Fisher", "single drops", OURS, *([EVOLUTION] if kind in evolved else [])]
@@ -94,21 +91,31 @@ def confirm(
             table = against_ours(choices, losses).drop(columns="share")
             tables.append(table.assign(dropped=table.method.map(sets)))
             measured.setdefault(kind, []).append(share)
-            record = about_confirmation(name, label, draws, evolved, measured, held_out_windows)
-            write_recorded(profile, pd.concat(tables), FILE, record, RECORD)
+            settings = study_settings(name, label, draws, evolved, measured, held_out_windows)
+            write_recorded(path, pd.concat(tables), run_record(settings, name, hashes, time.monotonic() - start))
     return pd.concat(tables, ignore_index=True)
 
 
-def write_recorded(profile: Profile, table: pd.DataFrame, file: str, record: Mapping[str, object], record_file: str) -> None:
-    """The table so far, and beside it what was run."""
-    profile.write(table, file)
-    write_text(profile.output_folder / "results" / profile.folder / record_file, json.dumps(record, indent=1) + "\n")
+def study_texts(
+    tokenizer: PreTrainedTokenizerBase | None, text: str, label: str, draws: int, held_out_windows: int
+) -> tuple[Texts, Texts, dict[str, Int[Tensor, "_ _"]]]:
+    """For every draw short windows to search on and long ones to score; and by domain held-out windows of the text, which is called
+    ``label``, and of another.
+    """
+    short, long = (
+        [windows(text, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in (SEARCH_TEXT, SCORE_TEXT)
+    )
+    domains = {label: text, SECOND_DOMAIN: SECOND_DOMAIN}
+    held_out = {
+        domain: windows(text, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1]) for domain, text in domains.items()
+    }
+    return short, long, held_out
 
 
-def about_confirmation(
+def study_settings(
     name: str, text: str, draws: int, evolved: Iterable[str], shares: Mapping[str, Sequence[float]], held_out_windows: int
 ) -> dict[str, object]:
-    """What identifies a confirmation: its model, text and amounts, the hashes of the weights, and the packages."""
+    """What was chosen for a study: its model, text, amounts and shares."""
     return {
         "model": name,
         "text": text,
@@ -120,8 +127,6 @@ def about_confirmation(
         "calibration draws": draws,
         "EvoPress on": sorted(set(evolved) & set(shares)),
         "shares dropped": dict(shares),
-        "weights": weight_hashes(name),
-        "packages": {package: version(package) for package in ("torch", "transformers", "numpy")},
     }
 
 

@@ -29,7 +29,6 @@ from ..export import gguf, mlx, vllm
 from ..export.llama_cpp import RuntimeUnavailable, llama_cpp_version, load
 from ..export.other_programs import ask, program_version
 from ..families.decoder import UnsupportedModel
-from ..files import write_text
 from ..models import load_model
 from ..paths import RESULTS
 from ..progress import progress
@@ -290,7 +289,7 @@ def prove(name: str, programs: Iterable[str] = PROGRAMS, details: bool = True, r
                 key = label, f"{row['program']} {row['type']}"
                 rows[key] = {"drop": label, "sub_blocks": "; ".join(map(str, drop_set))} | row
                 table = pd.DataFrame([rows[key] for key in keys if key in rows], columns=COLUMNS).astype(WHOLE)
-                write_text(results, table.to_csv(index=False, float_format="%.6g"))
+                write_table(results, table)
     return table
 
 

@@ -7,6 +7,7 @@ count, and beside it what was run. Notebook 07 shows it. A stopped run continues
 import argparse
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -14,28 +15,19 @@ import pandas as pd
 
 from .. import search
 from ..models import load_model
-from ..paths import DATA, RESULTS
-from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile, slug
+from ..paths import RESULTS
+from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
 from ..progress import progress
+from ..record import run_record, write_recorded
 from ..scoring import is_entropy
 from ..search import SearchResult
 from ..selection import count_of
 from ..statistics import interval_text
-from ..text import windows
-from .confirmation import (
-    HELD_OUT_TEXT,
-    SCORE_TEXT,
-    SCORES,
-    SEARCH_TEXT,
-    SECOND_DOMAIN,
-    SHARES,
-    SIZE,
-    about_confirmation,
-    write_recorded,
-)
+from ..text import text_digest
+from .confirmation import SCORES, SHARES, SIZE, study_settings, study_texts
 from .search_study import GREEDY, OURS, Search, against_ours, judged, rankings
 
-FILE, RECORD = "07_proposals.csv", "07_proposals_run.json"
+FILE = "07_proposals.csv"
 PROPOSED, SHORTLIST = 1.5, 2  # proposals for each sub-block dropped; of these, how many are measured in a step
 CHEAP = ("cosine", "norm_ratio")  # scores that also propose from the few tokens of the search
 AT_RANDOM, ALL = "at random", "all, shorter list"
@@ -70,14 +62,10 @@ def proposals(
         The columns of ``against_ours``, and the same difference from random proposals: random_difference, random_low, random_high
         (nats per token; below zero better than random proposals).
     """
-    profile = Profile(model=name, size=SIZE, output=str(DATA))
+    start = time.monotonic()
     model, tokenizer = load_model(name)
-    amounts = (SEARCH_TEXT, SCORE_TEXT)
-    short, long = ([windows(DEFAULT_TEXT, "calibration", tokenizer, *amount, draw) for draw in range(draws)] for amount in amounts)
-    held_out = {
-        domain: windows(domain, "evaluation", tokenizer, held_out_windows, HELD_OUT_TEXT[1])
-        for domain in (DEFAULT_TEXT, SECOND_DOMAIN)
-    }
+    short, long, held_out = study_texts(tokenizer, DEFAULT_TEXT, DEFAULT_TEXT, draws, held_out_windows)
+    hashes = [text_digest(ids) for ids in (*short, *long, *held_out.values())]
     tables, measured = [], {}
     for kind, share in progress([(kind, share) for kind, of_kind in shares.items() for share in of_kind], "proposals"):
         n, parts = count_of(share, len(search.candidates(model, kind))), []
@@ -91,8 +79,9 @@ def proposals(
         table, from_random = (against_ours(choices, losses, reference) for reference in (OURS, AT_RANDOM))
         tables.append(table.assign(**{f"random_{end}": from_random[end] for end in ("difference", "low", "high")}))
         measured.setdefault(kind, []).append(share)
-        record = about_confirmation(name, DEFAULT_TEXT, draws, (), measured, held_out_windows)
-        write_recorded(profile, pd.concat(tables), FILE, record, RECORD)
+        settings = study_settings(name, DEFAULT_TEXT, draws, (), measured, held_out_windows)
+        record = run_record(settings, name, hashes, time.monotonic() - start)
+        write_recorded(RESULTS / slug(name) / SIZE / FILE, pd.concat(tables), record)
     return pd.concat(tables, ignore_index=True)
 
 

@@ -1,44 +1,52 @@
 """What a pruned model writes: answers to a task with free answers, and how much it repeats itself. Held-out loss shows neither.
 
-``python -m entrodrop_utils.studies.writing MODEL`` writes ``data/results/MODEL/generation.csv`` after every pruned model.
-Answers are kept in the cache, so a run that was stopped continues.
+``python -m entrodrop_utils.studies.writing MODEL`` writes ``data/results/MODEL/generation.csv`` after every pruned model, and
+beside it what was run. Answers are kept in the cache, so a run that was stopped continues. ``--items 0`` measures only repetition.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import cache, search
 from ..cached_scoring import cached_score
 from ..claims import published_figures
 from ..dropping import Repair, dropped
-from ..families.decoder import decoder_layers
 from ..families.self_check import measuring
-from ..files import write_text
-from ..layerwise import DropSet
+from ..figures import COLOURS, GREY, MARKERS, headed_panels
+from ..layerwise import DropSet, set_name
 from ..models import load_model
 from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
+from ..progress import progress
+from ..record import run_record, write_recorded
 from ..repairing import repair
 from ..selection import count_of, one_shot
 from ..statistics import interval_text, mean_interval, share_interval
 from ..tasks import task_scores_by_set
-from ..text import windows
+from ..text import text_digest, windows
+from .methods import layers_text
+from .search_study import OURS, POINT_COLOURS
 from .speed import device_name
 
 N_GRAM = 4  # tokens of the pieces whose repetition is counted
 FRACTIONS = (0.125, 0.25, 0.375)  # of the attention layers
-METRICS = ("cosine", "bucket")
-SCORED, FITTED = (24, 256), (20, 256)  # calibration windows of the scores and of the linear repair
+METRICS = ("cosine", "bucket")  # whose choices answer the task; the first metric's smallest choice also with a linear repair
+REPEATED = ("knn", "norm_ratio")  # whose choices only continue text, as do those of lazy greedy
+SCORED, SEARCHED, FITTED = (24, 256), (3, 32), (20, 256)  # calibration windows of the scores, of lazy greedy, of the linear repair
 PROMPTS, NEW = (24, 64), 64  # prompts of evaluation text; tokens that continue them
 FILE = "generation.csv"
-COLUMNS = ["metric", "n_dropped", "n_layers", "task", "task_metric", "items", "value", "low", "high"]
+COLUMNS = ["metric", "n_dropped", "n_layers", "dropped", "task", "task_metric", "items", "value", "low", "high"]
 COLUMNS += ["repeated", "repeated_low", "repeated_high", "prompts", "precision", "device"]
 
 
@@ -54,17 +62,36 @@ def repeated_shares(
     return np.array([1 - len(set(runs)) / len(runs) for runs in pieces])
 
 
-def generated(
+def repetition(
+    model: PreTrainedModel, drop_set: DropSet, prompts: Int[Tensor, "prompt token"], repaired: Repair | None = None
+) -> dict[str, object]:
+    """The mean repeated share of greedy continuations, with its interval over prompts.
+
+    Args:
+        repaired: what stands in place of the dropped sub-blocks.
+    Returns:
+        repeated, repeated_low, repeated_high, prompts (their number).
+    """
+
+    def compute(_: list[str]) -> pd.DataFrame:
+        with dropped(model, drop_set, repaired):
+            return pd.DataFrame({"set": set_name(drop_set), "repeated": repeated_shares(model, prompts, NEW)})
+
+    entry = cache.subkey(cache.repaired(cache.model_key(model, "studies.writing"), repaired), cache.tensor_digest(prompts), NEW)
+    shares = cache.rows_by_set("repetition", entry, [set_name(drop_set)], compute, lambda: None).repeated
+    ends = zip(("repeated", "repeated_low", "repeated_high"), mean_interval(shares.to_numpy()), strict=True)
+    return {**dict(ends), "prompts": len(prompts)}
+
+
+def answer_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     drop_set: DropSet,
     task: str,
     items: int,
-    prompts: Int[Tensor, "prompt token"],
     repaired: Repair | None = None,
 ) -> list[dict[str, object]]:
-    """One row for each metric of the task: task, task_metric, items, value (share of right answers) with Wilson's interval, and the
-    mean repeated share of greedy continuations with its interval over prompts.
+    """One row for each metric of the task: task, task_metric, items, value (share of right answers) with Wilson's interval.
 
     Args:
         repaired: what stands in place of the dropped sub-blocks.
@@ -75,46 +102,63 @@ def generated(
     scores, answers = task_scores_by_set(model, tokenizer, [task], [drop_set], items, repaired)
     if answers.empty:
         raise RuntimeError(f"{task} was not measured: {scores.note.iloc[0]}")
-    with dropped(model, drop_set, repaired):
-        repeated = mean_interval(repeated_shares(model, prompts, NEW))
     rows = []
     for metric, of_metric in answers.groupby("metric", sort=False):
         values = dict(zip(("value", "low", "high"), share_interval(of_metric.value.to_numpy() > 0), strict=True))
-        pieces = dict(zip(("repeated", "repeated_low", "repeated_high"), repeated, strict=True))
-        rows.append({"task": task, "task_metric": metric, "items": len(of_metric), **values, **pieces, "prompts": len(prompts)})
+        rows.append({"task": task, "task_metric": metric, "items": len(of_metric), **values})
     return rows
 
 
 def attention_choices(
-    scores: pd.DataFrame, n_layers: int, metrics: Sequence[str], fractions: Sequence[float]
+    model: PreTrainedModel, scored: Int[Tensor, "window token"], searched: Int[Tensor, "few short"], fractions: Sequence[float]
 ) -> dict[tuple[str, int], DropSet]:
-    """(metric, number) -> the attention layers that it drops in one shot; the dense model comes first, then small numbers."""
+    """(method, number) -> the attention layers that it drops; the dense model comes first, then small numbers.
+
+    Args:
+        scored: calibration text of the metrics, which choose in one shot.
+        searched: that of lazy greedy.
+    """
+    metrics, n_layers = METRICS + REPEATED, len(search.candidates(model, "attention"))
     counts = [count_of(fraction, n_layers) for fraction in fractions]
-    chosen = {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for n in counts for m in metrics}
-    return {("dense", 0): (), **chosen}
+    scores = cached_score(model, scored, metrics, ["attention"])
+    order = search.lazy_greedy(model, searched, max(counts), "attention").order
+    choices: dict[tuple[str, int], DropSet] = {("dense", 0): ()}
+    for n in counts:
+        choices |= {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for m in metrics}
+        choices[OURS, n] = tuple(sorted(order[:n]))
+    return choices
 
 
 def generation(name: str, task: str, items: int, precision: str) -> pd.DataFrame:
     """Measure a model and write the table as it grows: ``COLUMNS``, with the weights in ``precision`` while it writes.
 
-    The last rows are of the first metric's smallest choice with a linear repair: "cosine, repaired".
+    Args:
+        items: of the task; with 0 only repetition is measured.
     """
+    start = time.monotonic()
     model, tokenizer = load_model(name)
-    scores = cached_score(model, windows(DEFAULT_TEXT, "calibration", tokenizer, *SCORED), METRICS, ["attention"])
-    n_layers = len(decoder_layers(model))
-    choices = attention_choices(scores, n_layers, METRICS, FRACTIONS)
-    first, fewest = METRICS[0], count_of(min(FRACTIONS), n_layers)
-    mended = f"{first}, repaired"
-    choices[mended, fewest] = choices[first, fewest]
-    repairs = {mended: repair(model, choices[first, fewest], windows(DEFAULT_TEXT, "calibration", tokenizer, *FITTED))}
+    amounts = (SCORED, SEARCHED, FITTED)
+    scored, searched, fitted = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in amounts)
+    prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
+    choices = attention_choices(model, scored, searched, FRACTIONS)
+    fewest = next(key for key in choices if key[0] == METRICS[0])
+    mended = f"{METRICS[0]}, repaired", fewest[1]
+    repairs = {mended: repair(model, choices[fewest], fitted)}
+    choices[mended] = choices[fewest]
+    n_layers = len(search.candidates(model, "attention"))
     del model  # a large one is in memory once
     model, _ = load_model(name, dtype=precision)
-    prompts, rows = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS), []
-    for (metric, n), drop_set in choices.items():
-        own = {"metric": metric, "n_dropped": n, "n_layers": n_layers, "precision": precision, "device": device_name(model.device)}
-        rows += [own | row for row in generated(model, tokenizer, drop_set, task, items, prompts, repairs.get(metric))]
-        table = pd.DataFrame(rows, columns=COLUMNS)
-        write_text(RESULTS / slug(name) / FILE, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    own = {"n_layers": n_layers, "precision": precision, "device": device_name(model.device)}
+    settings = {"model": name, "text": DEFAULT_TEXT, "task": task if items else "", "items": items, "precision": precision}
+    hashes, rows = [text_digest(ids) for ids in (scored, searched, fitted, prompts)], []
+    for (metric, n), drop_set in progress(choices.items(), "pruned models"):
+        repaired = repairs.get((metric, n))
+        about = own | {"metric": metric, "n_dropped": n, "dropped": layers_text(drop_set)}
+        about |= repetition(model, drop_set, prompts, repaired)
+        answered = items > 0 and metric not in (*REPEATED, OURS)
+        rows += [about | row for row in (answer_rows(model, tokenizer, drop_set, task, items, repaired) if answered else [{}])]
+        record = run_record(settings, name, hashes, time.monotonic() - start)
+        write_recorded(RESULTS / slug(name) / FILE, table := pd.DataFrame(rows, columns=COLUMNS), record)
     return table
 
 
@@ -127,13 +171,42 @@ def committed_answers(models: Iterable[str]) -> pd.DataFrame:
 
 
 def answers_by_share(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """An estimate and its interval as text: a row for each model and metric, a column for each share of attention layers."""
+    """An estimate and its interval as text: a row for each model and metric, a column for each share of attention layers.
+
+    Methods without an estimate are left out.
+    """
+    answers = answers.dropna(subset=columns)
     share = (answers.n_dropped / answers.n_layers).map("{:.1%}".format)
     table = answers.assign(share=share, text=interval_text(answers, columns, ".0%"))
     dense = table[table.metric == "dense"].set_index("model").text
     by_share = table[table.metric != "dense"].pivot_table("text", ["model", "metric"], "share", aggfunc="first", sort=False)
     by_share.insert(0, "0%", [dense[model] for model, _ in by_share.index])
     return by_share.rename_axis(columns=None)
+
+
+def draw_repetition(answers: pd.DataFrame, title: str) -> Figure:
+    """The repeated share against the share of attention layers dropped: a panel for each model, the dense one in grey."""
+    shown = answers[~answers.metric.str.contains("repaired")]
+    groups = dict(iter(shown.groupby("model", sort=False)))
+    figure, axes = headed_panels(title, len(groups), 2.9, sharey=True)
+    methods, looks = [*METRICS, *REPEATED, OURS], COLOURS | POINT_COLOURS
+    for axis, (model, rows) in zip(axes, groups.items(), strict=True):
+        dense = rows[rows.metric == "dense"].iloc[0]
+        axis.axhspan(dense.repeated_low, dense.repeated_high, color=GREY, alpha=0.18, linewidth=0)
+        axis.axhline(dense.repeated, color=GREY, linewidth=0.8)
+        for i, method in enumerate(methods):
+            own = rows[rows.metric == method]
+            x = 100 * own.n_dropped / own.n_layers + 1.6 * (i - (len(methods) - 1) / 2)  # side by side
+            ends = [own.repeated - own.repeated_low, own.repeated_high - own.repeated]
+            look = {"color": looks[method], "marker": MARKERS.get(method, "*"), "label": method.replace("_", " ")}
+            axis.errorbar(x, own.repeated, ends, linestyle="", markersize=4, linewidth=1, **look)
+        axis.set_title(model.replace("-instruct", ""), fontsize=8)
+        axis.set_xticks([100 * share for share in FRACTIONS])
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes[0].set_ylabel("repeated pieces")
+    figure.supxlabel("attention layers dropped (%)", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    return figure
 
 
 def answer_sentences(answers: pd.DataFrame) -> list[str]:
@@ -167,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.writing", description=main.__doc__)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
     parser.add_argument("--task", default="gsm8k", help="of lm-evaluation-harness")
-    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--items", type=int, default=100, help="of the task; 0 measures only repetition")
     parser.add_argument("--precision", default="bfloat16", help="of the weights while the model writes: float32 or bfloat16")
     chosen = parser.parse_args(arguments)
     print(generation(chosen.model, chosen.task, chosen.items, chosen.precision).round(3).to_string(index=False))
