@@ -43,7 +43,7 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path / "tiny"
 
 
-def plain_repetition(drop_set, fitted=None) -> float:
+def plain_repetition(drop_set, fitted=None) -> np.ndarray:
     with dropped(tiny_llama(), drop_set, fitted) as smaller:
         ids = text_of("", "evaluation", None, 3, 8)
         for _ in range(12):
@@ -51,7 +51,7 @@ def plain_repetition(drop_set, fitted=None) -> float:
             logits[..., smaller.config.eos_token_id] = -math.inf  # a continuation has all its tokens
             ids = torch.cat([ids, logits.argmax(-1)], 1)
     runs = [[tuple(text[i : i + 4]) for i in range(9)] for text in ids[:, 8:].tolist()]
-    return np.mean([1 - len(set(pieces)) / len(pieces) for pieces in runs])
+    return np.array([1 - len(set(pieces)) / len(pieces) for pieces in runs])
 
 
 def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
@@ -65,12 +65,12 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
 
     monkeypatch.setattr(study, "task_scores_by_set", scored)
-    table = study.generation("tiny", "sums", 10, "float32")
-    pd.testing.assert_frame_equal(pd.read_csv(tiny / study.FILE).fillna(""), table.fillna(""), rtol=1e-4, check_dtype=False)
+    rows = study.measure("tiny", "sums", 10, "float32")[study.ANSWERS]
+    read = pd.read_csv(tiny / study.ANSWERS).fillna({"dropped": ""})
+    pd.testing.assert_frame_equal(read, rows, rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
     expected = [(), *(tuple(sorted(one_shot(scores, m, "attention", n))) for n in (2, 3) for m in study.METRICS)]
     expected.append(expected[1])
-    rows = table[table.task.notna()]
     assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 6
     assert rows.metric.iloc[-1] == "cosine, repaired"
     fitted = repair(tiny_llama(), expected[1], text_of("", "calibration", None, 8, 16))
@@ -79,32 +79,48 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
         assert row.dropped == " ".join(str(sub_block.layer) for sub_block in drop_set)
         test = stats.binomtest(7 - len(drop_set), 10).proportion_ci(method="wilson")
         assert (row.low, row.high) == pytest.approx((test.low, test.high))
-        assert row.repeated == pytest.approx(plain_repetition(drop_set, fitted if "repaired" in row.metric else None))
+    last = pd.read_csv(tiny / study.REPETITION).iloc[-1]
+    assert last.metric == "cosine, repaired"
+    assert last.repeated == pytest.approx(plain_repetition(expected[1], fitted).mean(), rel=1e-5)
 
 
 def test_without_items_only_repetition_is_measured_of_every_method(tiny, monkeypatch):
     monkeypatch.setattr(study, "task_scores_by_set", None)
-    table = study.generation("tiny", "sums", 0, "float32")
+    ((file, table),) = study.measure("tiny", "sums", 0, "float32").items()
+    assert file == study.REPETITION and not (tiny / study.ANSWERS).exists()
     methods = [*study.METRICS, *study.REPEATED, "lazy greedy"]
     assert [*zip(table.metric, table.n_dropped, strict=True)] == [
         ("dense", 0),
         *((method, n) for n in (2, 3) for method in methods),
         ("cosine, repaired", 2),
     ]
-    assert table.task.isna().all() and table.value.isna().all()
     greedy = search.lazy_greedy(tiny_llama(), text_of("", "calibration", None, 2, 12), 3, "attention").order
     for row in table[table.metric == "lazy greedy"].itertuples():
         assert row.dropped == " ".join(str(sub_block.layer) for sub_block in sorted(greedy[: row.n_dropped]))
-        assert row.repeated == pytest.approx(plain_repetition(greedy[: row.n_dropped]))
-    record = json.loads((tiny / "generation_run.json").read_text())
-    assert record["task"] == "" and text_digest(text_of("", "evaluation", None, 3, 8)) in record["texts"]
-    answers = pd.concat([table.assign(model=model) for model in ("a", "b")])
-    left, right = study.draw_repetition(answers, "A title").axes
+        pruned, dense = plain_repetition(greedy[: row.n_dropped]), plain_repetition(())
+        assert row.repeated == pytest.approx(pruned.mean()) and row.more == pytest.approx((pruned - dense).mean())
+        of_prompts = stats.ttest_rel(pruned, dense).confidence_interval()
+        assert (row.more_low, row.more_high) == pytest.approx((of_prompts.low, of_prompts.high), nan_ok=True)
+    record = json.loads((tiny / "repetition_run.json").read_text())
+    assert "task" not in record and text_digest(text_of("", "evaluation", None, 3, 8)) in record["texts"]
+    both = pd.concat([table.assign(model=model) for model in ("a", "b")])
+    left, right = study.draw_repetition(both, "A title").axes
     for axis in (left, right):
         places = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in axis.containers}
         for method in methods:
             assert places[method.replace("_", " ")] == table[table.metric == method].repeated.tolist()
-    assert study.answers_by_share(answers, ["value", "low", "high"]).empty and not study.answer_sentences(answers)
+    pruned = table.iloc[1:-1]
+    more, less = sum(low > 0 for low in pruned.more_low), sum(high < 0 for high in pruned.more_high)
+    assert study.repetition_sentence(table).startswith(f"Of 10 pruned models {more} repeat themselves more") and (
+        f"and {less} less." in study.repetition_sentence(table)
+    )
+
+
+def test_an_interval_of_repetition_is_cut_at_0_and_1():
+    for shares in ([0, 0, 0.3], [1, 1, 0.7], [0.4, 0.5, 0.6]):
+        mean, low, high = study.repeated_interval(np.array(shares))
+        plain = stats.t(2, np.mean(shares), stats.sem(shares)).interval(0.95)
+        assert (mean, low, high) == pytest.approx((np.mean(shares), max(plain[0], 0), min(plain[1], 1)))
 
 
 def test_a_task_without_data_is_an_error(monkeypatch):
@@ -117,13 +133,13 @@ def test_a_task_without_data_is_an_error(monkeypatch):
 def test_the_committed_tables_are_shown_by_model_metric_and_share(tmp_path, monkeypatch):
     rows = [("dense", 0, 0.5), ("cosine", 3, 0.4), ("cosine", 6, 0.1), ("bucket", 3, 0.3), ("bucket", 6, 0.0)]
     part = [(m, n, 24, "sums", task_metric, 40, v, v - 0.1, v + 0.1) for m, n, v in rows for task_metric in ("strict", "flexible")]
-    table = pd.DataFrame(part, columns=[c for c in study.COLUMNS[:10] if c != "dropped"]).reindex(columns=study.COLUMNS)
+    table = pd.DataFrame(part, columns=["metric", "n_dropped", "n_layers", "task", "task_metric", "items", "value", "low", "high"])
     table.loc[table.task_metric == "flexible", "value"] = 1.0
     monkeypatch.setattr(study, "RESULTS", tmp_path)
-    assert study.committed_answers(["a", "b"]).empty
+    assert study.committed_tables(study.ANSWERS, ["a", "b"]).empty
     (tmp_path / "b").mkdir()
-    table.to_csv(tmp_path / "b" / study.FILE, index=False)
-    answers = study.committed_answers(["a", "b"])
+    table.to_csv(tmp_path / "b" / study.ANSWERS, index=False)
+    answers = study.committed_tables(study.ANSWERS, ["a", "b"])
     assert answers.metric.tolist() == [m for m, *_ in rows] and set(answers.task_metric) == {"strict"}
     shown = study.answers_by_share(answers, ["value", "low", "high"])
     assert shown.columns.tolist() == ["0%", "12.5%", "25.0%"] and shown.index.tolist() == [("b", "cosine"), ("b", "bucket")]

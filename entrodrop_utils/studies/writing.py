@@ -1,13 +1,13 @@
 """What a pruned model writes: answers to a task with free answers, and how much it repeats itself. Held-out loss shows neither.
 
-``python -m entrodrop_utils.studies.writing MODEL`` writes ``data/results/MODEL/generation.csv`` after every pruned model, and
-beside it what was run. Answers are kept in the cache, so a run that was stopped continues. ``--items 0`` measures only repetition.
+``python -m entrodrop_utils.studies.writing MODEL`` writes ``data/results/MODEL/repetition.csv`` and, with the answers,
+``generation.csv`` after every pruned model, and beside each table what was run. A run that was stopped continues from the cache.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ from ..progress import progress
 from ..record import run_record, write_recorded
 from ..repairing import repair
 from ..selection import count_of, one_shot
-from ..statistics import interval_text, mean_interval, share_interval
+from ..statistics import Interval, interval_text, mean_interval, paired_difference, share_interval
 from ..tasks import task_scores_by_set
 from ..text import text_digest, windows
 from .methods import layers_text
@@ -45,9 +45,7 @@ METRICS = ("cosine", "bucket")  # whose choices answer the task; the first metri
 REPEATED = ("knn", "norm_ratio")  # whose choices only continue text, as do those of lazy greedy
 SCORED, SEARCHED, FITTED = (24, 256), (3, 32), (20, 256)  # calibration windows of the scores, of lazy greedy, of the linear repair
 PROMPTS, NEW = (24, 64), 64  # prompts of evaluation text; tokens that continue them
-FILE = "generation.csv"
-COLUMNS = ["metric", "n_dropped", "n_layers", "dropped", "task", "task_metric", "items", "value", "low", "high"]
-COLUMNS += ["repeated", "repeated_low", "repeated_high", "prompts", "precision", "device"]
+ANSWERS, REPETITION = "generation.csv", "repetition.csv"
 
 
 @measuring
@@ -62,15 +60,18 @@ def repeated_shares(
     return np.array([1 - len(set(runs)) / len(runs) for runs in pieces])
 
 
+def repeated_interval(shares: Float[np.ndarray, "prompt"]) -> Interval:
+    """Their mean with its interval over prompts, which ends at 0 and 1."""
+    return Interval(*(min(max(end, 0.0), 1.0) for end in mean_interval(shares)))
+
+
 def repetition(
     model: PreTrainedModel, drop_set: DropSet, prompts: Int[Tensor, "prompt token"], repaired: Repair | None = None
-) -> dict[str, object]:
-    """The mean repeated share of greedy continuations, with its interval over prompts.
+) -> Float[np.ndarray, "prompt"]:
+    """The repeated share of the greedy continuation that a pruned model writes to each prompt, from the cache if it is there.
 
     Args:
         repaired: what stands in place of the dropped sub-blocks.
-    Returns:
-        repeated, repeated_low, repeated_high, prompts (their number).
     """
 
     def compute(_: list[str]) -> pd.DataFrame:
@@ -78,9 +79,7 @@ def repetition(
             return pd.DataFrame({"set": set_name(drop_set), "repeated": repeated_shares(model, prompts, NEW)})
 
     entry = cache.subkey(cache.repaired(cache.model_key(model, "studies.writing"), repaired), cache.tensor_digest(prompts), NEW)
-    shares = cache.rows_by_set("repetition", entry, [set_name(drop_set)], compute, lambda: None).repeated
-    ends = zip(("repeated", "repeated_low", "repeated_high"), mean_interval(shares.to_numpy()), strict=True)
-    return {**dict(ends), "prompts": len(prompts)}
+    return cache.rows_by_set("repetition", entry, [set_name(drop_set)], compute, lambda: None).repeated.to_numpy()
 
 
 def answer_rows(
@@ -129,11 +128,16 @@ def attention_choices(
     return choices
 
 
-def generation(name: str, task: str, items: int, precision: str) -> pd.DataFrame:
-    """Measure a model and write the table as it grows: ``COLUMNS``, with the weights in ``precision`` while it writes.
+def measure(name: str, task: str, items: int, precision: str) -> dict[str, pd.DataFrame]:
+    """Measure a model, and write each table as it grows; file -> table.
 
     Args:
         items: of the task; with 0 only repetition is measured.
+        precision: of the weights while the model writes.
+    Returns:
+        metric (or method), n_dropped, n_layers, dropped (layers), precision, device. Of answers what ``answer_rows`` returns. Of
+        repetition the mean share over prompts and its interval (repeated, low, high), that less the dense model's (more, more_low,
+        more_high), and prompts (their number).
     """
     start = time.monotonic()
     model, tokenizer = load_model(name)
@@ -148,34 +152,47 @@ def generation(name: str, task: str, items: int, precision: str) -> pd.DataFrame
     n_layers = len(search.candidates(model, "attention"))
     del model  # a large one is in memory once
     model, _ = load_model(name, dtype=precision)
-    own = {"n_layers": n_layers, "precision": precision, "device": device_name(model.device)}
-    settings = {"model": name, "text": DEFAULT_TEXT, "task": task if items else "", "items": items, "precision": precision}
-    hashes, rows = [text_digest(ids) for ids in (scored, searched, fitted, prompts)], []
-    for (metric, n), drop_set in progress(choices.items(), "pruned models"):
-        repaired = repairs.get((metric, n))
-        about = own | {"metric": metric, "n_dropped": n, "dropped": layers_text(drop_set)}
-        about |= repetition(model, drop_set, prompts, repaired)
-        answered = items > 0 and metric not in (*REPEATED, OURS)
-        rows += [about | row for row in (answer_rows(model, tokenizer, drop_set, task, items, repaired) if answered else [{}])]
-        record = run_record(settings, name, hashes, time.monotonic() - start)
-        write_recorded(RESULTS / slug(name) / FILE, table := pd.DataFrame(rows, columns=COLUMNS), record)
-    return table
+    about = {"precision": precision, "device": device_name(model.device)}
+    hashes = [text_digest(ids) for ids in (scored, searched, fitted, prompts)]
+
+    def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
+        shares, dense = repetition(model, drop_set, prompts, repaired), repetition(model, (), prompts)
+        ends = dict(zip(("repeated", "low", "high"), repeated_interval(shares), strict=True))
+        more = dict(zip(("more", "more_low", "more_high"), paired_difference(shares, dense), strict=True))
+        return [ends | more | {"prompts": len(prompts)}]
+
+    def answering(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
+        return answer_rows(model, tokenizer, drop_set, task, items, repaired)
+
+    def written(file: str, methods: Iterable[str], rows_of: Callable, **settings: object) -> pd.DataFrame:
+        rows = []
+        for (method, n), drop_set in progress([pair for pair in choices.items() if pair[0][0] in methods], file):
+            own = {"metric": method, "n_dropped": n, "n_layers": n_layers, "dropped": layers_text(drop_set)}
+            rows += [own | row | about for row in rows_of(drop_set, repairs.get((method, n)))]
+            chosen = {"model": name, "text": DEFAULT_TEXT, "precision": precision, **settings}
+            record = run_record(chosen, name, hashes, time.monotonic() - start)
+            write_recorded(RESULTS / slug(name) / file, pd.DataFrame(rows), record)
+        return pd.DataFrame(rows)
+
+    few = ("dense", *METRICS, mended[0])
+    tables = {REPETITION: written(REPETITION, (*few, *REPEATED, OURS), repeating)}
+    if items:
+        tables[ANSWERS] = written(ANSWERS, few, answering, task=task, items=items)
+    return tables
 
 
-def committed_answers(models: Iterable[str]) -> pd.DataFrame:
-    """The committed tables of some models, as one: model, then ``COLUMNS``; of each answer the first metric of its task."""
-    files = {model: RESULTS / model / FILE for model in models}
-    tables = [pd.read_csv(file).assign(model=model) for model, file in files.items() if file.is_file()]
-    table = pd.concat(tables) if tables else pd.DataFrame(columns=COLUMNS).assign(model="")
-    return table.drop_duplicates(["model", "metric", "n_dropped", "task"])[["model", *COLUMNS]].reset_index(drop=True)
+def committed_tables(file: str, models: Iterable[str]) -> pd.DataFrame:
+    """The committed tables of some models, as one with the column model in front; of each answer the first metric of its task."""
+    tables = [pd.read_csv(path).assign(model=model) for model in models if (path := RESULTS / model / file).is_file()]
+    if not tables:
+        return pd.DataFrame(columns=["model", "metric", "n_dropped", "n_layers", "task", "value", "repeated", "low", "high"])
+    table = pd.concat(tables)
+    key = [name for name in ("model", "metric", "n_dropped", "task") if name in table]
+    return table.drop_duplicates(key)[["model", *table.columns.drop("model")]].reset_index(drop=True)
 
 
 def answers_by_share(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """An estimate and its interval as text: a row for each model and metric, a column for each share of attention layers.
-
-    Methods without an estimate are left out.
-    """
-    answers = answers.dropna(subset=columns)
+    """An estimate and its interval as text: a row for each model and metric, a column for each share of attention layers."""
     share = (answers.n_dropped / answers.n_layers).map("{:.1%}".format)
     table = answers.assign(share=share, text=interval_text(answers, columns, ".0%"))
     dense = table[table.metric == "dense"].set_index("model").text
@@ -184,20 +201,20 @@ def answers_by_share(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFr
     return by_share.rename_axis(columns=None)
 
 
-def draw_repetition(answers: pd.DataFrame, title: str) -> Figure:
+def draw_repetition(table: pd.DataFrame, title: str) -> Figure:
     """The repeated share against the share of attention layers dropped: a panel for each model, the dense one in grey."""
-    shown = answers[~answers.metric.str.contains("repaired")]
+    shown = table[~table.metric.str.contains("repaired")]
     groups = dict(iter(shown.groupby("model", sort=False)))
     figure, axes = headed_panels(title, len(groups), 2.9, sharey=True)
     methods, looks = [*METRICS, *REPEATED, OURS], COLOURS | POINT_COLOURS
     for axis, (model, rows) in zip(axes, groups.items(), strict=True):
         dense = rows[rows.metric == "dense"].iloc[0]
-        axis.axhspan(dense.repeated_low, dense.repeated_high, color=GREY, alpha=0.18, linewidth=0)
+        axis.axhspan(dense.low, dense.high, color=GREY, alpha=0.18, linewidth=0)
         axis.axhline(dense.repeated, color=GREY, linewidth=0.8)
         for i, method in enumerate(methods):
             own = rows[rows.metric == method]
             x = 100 * own.n_dropped / own.n_layers + 1.6 * (i - (len(methods) - 1) / 2)  # side by side
-            ends = [own.repeated - own.repeated_low, own.repeated_high - own.repeated]
+            ends = [own.repeated - own.low, own.high - own.repeated]
             look = {"color": looks[method], "marker": MARKERS.get(method, "*"), "label": method.replace("_", " ")}
             axis.errorbar(x, own.repeated, ends, linestyle="", markersize=4, linewidth=1, **look)
         axis.set_title(model.replace("-instruct", ""), fontsize=8)
@@ -207,6 +224,13 @@ def draw_repetition(answers: pd.DataFrame, title: str) -> Figure:
     figure.supxlabel("attention layers dropped (%)", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     return figure
+
+
+def repetition_sentence(table: pd.DataFrame) -> str:
+    """How many pruned models repeat themselves decidedly more than the dense one, and how many less."""
+    pruned = table[(table.metric != "dense") & ~table.metric.str.contains("repaired")]
+    more, less = (pruned.more_low > 0).sum(), (pruned.more_high < 0).sum()
+    return f"Of {len(pruned)} pruned models {more} repeat themselves more than the dense model and {less} less."
 
 
 def answer_sentences(answers: pd.DataFrame) -> list[str]:
@@ -243,7 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=100, help="of the task; 0 measures only repetition")
     parser.add_argument("--precision", default="bfloat16", help="of the weights while the model writes: float32 or bfloat16")
     chosen = parser.parse_args(arguments)
-    print(generation(chosen.model, chosen.task, chosen.items, chosen.precision).round(3).to_string(index=False))
+    for table in measure(chosen.model, chosen.task, chosen.items, chosen.precision).values():
+        print(table.round(3).to_string(index=False))
     return 0
 
 
