@@ -41,6 +41,23 @@ def test_statements_are_those_of_the_committed_claims():
     assert all(statement in text for statement in table.index)
 
 
+def test_statements_on_another_text_stand_beside_those_of_the_same_run(tmp_path, monkeypatch):
+    claims = ["bucket entropy falls, then rises; measured: x", "knn beats cosine at 37.5% of attention layers; measured: nats"]
+    runs = {"large": ("holds", "holds"), "large-c4": ("holds", "inconclusive"), "smoke-c4": ("holds", "holds")}
+    for folder, verdicts in runs.items():
+        (tmp_path / "a" / folder).mkdir(parents=True)
+        rows = [(claim, i, i - 1, i + 1, 0, word, "") for i, (claim, word) in enumerate(zip(claims, verdicts, strict=True))]
+        table = pd.DataFrame(rows, columns=["claim", "measured", "low", "high", "goal", "verdict", "evidence"])
+        table.to_csv(tmp_path / "a" / folder / "claims.csv", index=False)
+    monkeypatch.setattr(scale, "RESULTS", tmp_path)
+    table = scale.statements_by_text().set_index(["text", "statement"])
+    assert len(table) == 4 and set(table["size"]) == {"large"}
+    name = "KNN entropy beats cosine"
+    assert (table.verdict["c4", name], table.verdict["docs", name]) == ("inconclusive", "holds")
+    words = "judged on docs and c4, 1 of 2 statements have different verdicts: KNN entropy beats cosine."
+    assert words in scale.text_sentence(table.reset_index())
+
+
 def test_the_finding_counts_the_verdicts_and_quotes_the_largest_model():
     values = [
         ("bucket", "a", "does not hold", -0.2),

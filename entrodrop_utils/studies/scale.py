@@ -12,7 +12,7 @@ from ..claims import SIZES, published_figures
 from ..figures import COLOURS, GREY, headed_panels
 from ..models import KNOWN
 from ..paths import RESULTS
-from ..profile import Profile
+from ..profile import DEFAULT_TEXT, Profile
 from ..statistics import Interval, interval_text, kendall_tau
 from . import accuracy
 from .methods import METHOD_COLUMNS, RANDOM
@@ -57,11 +57,41 @@ def statements_by_size(profile: Profile, models: Mapping[str, float]) -> pd.Data
     for model, parameters in models.items():
         tables = (profile.committed("claims.csv", size, model) for size in RUNS)
         claims = pd.concat([table for table in tables if table is not None])
-        for statement, pattern in STATEMENTS.items():
-            for row in claims[claims.claim.str.contains(pattern, case=False)].head(1).itertuples():
-                rows.append((statement, model, parameters, row.measured, row.low, row.high, row.goal, row.verdict, row.evidence))
+        rows.append(_statements(claims).assign(model=model, parameters=parameters))
     columns = ["statement", "model", "parameters", "measured", "low", "high", "goal", "verdict", "evidence"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.concat(rows, ignore_index=True)[columns]
+
+
+def _statements(claims: pd.DataFrame) -> pd.DataFrame:
+    """The first claim that fits each statement, in the order of ``STATEMENTS``."""
+    fitting = {name: claims[claims.claim.str.contains(pattern, case=False)].head(1) for name, pattern in STATEMENTS.items()}
+    return pd.concat(fitting, names=["statement"]).reset_index("statement")
+
+
+def statements_by_text() -> pd.DataFrame:
+    """The statements of committed runs on another text than the default one, beside those of the same run on the default text.
+
+    Returns:
+        model, size, text, statement, measured, low, high, verdict.
+    """
+    tables = []
+    for path in sorted(RESULTS.glob("*/*-*/claims.csv")):
+        model, (size, text) = path.parts[-3], path.parts[-2].split("-", 1)
+        own = RESULTS / model / size / "claims.csv"
+        if size in RUNS and own.is_file():
+            texts = {DEFAULT_TEXT: own, text: path}
+            tables += [_statements(pd.read_csv(file)).assign(model=model, size=size, text=name) for name, file in texts.items()]
+    columns = ["model", "size", "text", "statement", "measured", "low", "high", "verdict"]
+    return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def text_sentence(statements: pd.DataFrame) -> str:
+    """Which statements have another verdict on another text, and of how many."""
+    verdicts = statements.pivot_table("verdict", ["model", "statement"], "text", aggfunc="first", sort=False).dropna()
+    other = verdicts[verdicts.ne(verdicts[DEFAULT_TEXT], axis=0).any(axis=1)]
+    named = f": {'; '.join(statement for _, statement in other.index)}" if len(other) else ""
+    texts = " and ".join([DEFAULT_TEXT, *verdicts.columns.drop(DEFAULT_TEXT)])
+    return f"Calibrated and judged on {texts}, {len(other)} of {len(verdicts)} statements have different verdicts{named}."
 
 
 def verdict_table(statements: pd.DataFrame) -> pd.DataFrame:
