@@ -73,7 +73,7 @@ def test_what_was_written_is_read_as_another_text_of_the_model(confirmed):
     shown = study.rival_table(read)
     assert shown.index.tolist() == [("tiny", "c4", "attention", 3), ("tiny", "c4", "mlp", 2)]
     row = table[(table.domain == "c4") & (table.method == "cosine") & (table.kind == "mlp")].iloc[0]
-    assert shown.cosine.iloc[1] == f"{row.difference:.2g} [{row.low:.2g}, {row.high:.2g}]" and shown.EvoPress.iloc[1] == "–"
+    assert shown.cosine.iloc[1] == f"{row.difference:.2f} [{row.low:.2f}, {row.high:.2f}]" and shown.EvoPress.iloc[1] == "–"
 
 
 def test_cases_are_counted_one_by_one(confirmed):

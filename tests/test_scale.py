@@ -78,6 +78,9 @@ def test_the_order_of_methods_is_compared_by_counting_pairs():
         pair = costs[[left, right]].dropna().to_numpy()
         signs = [np.sign((x[0] - y[0]) * (x[1] - y[1])) for x, y in combinations(pair, 2)]
         assert taus.loc[f"{left}, {right}"].tolist() == pytest.approx([len(pair), np.mean(signs)])
+    none = pd.DataFrame(columns=["statement", "model", "verdict"])
+    (line,) = scale.scale_sentences(none, taus.reset_index())
+    assert line == "Kendall's tau of the order of methods over 3 pairs of models: -1.00 (a, c) to 0.33 (a, b)."
 
 
 def test_the_published_table_keeps_less_than_its_abstract_says():

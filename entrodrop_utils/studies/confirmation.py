@@ -22,7 +22,7 @@ from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, Profile
 from ..record import run_record, write_recorded
 from ..scoring import resolve
 from ..selection import count_of
-from ..statistics import Interval, comparison, interval_text
+from ..statistics import Interval, comparison
 from ..text import text_digest, windows
 from .methods import KIND_NAMES
 from .search_study import (
@@ -31,6 +31,7 @@ from .search_study import (
     RANDOM_DRAW,
     SEARCHES,
     against_ours,
+    difference_text,
     joined_choices,
     judged,
     random_sets,
@@ -149,9 +150,7 @@ def rival_table(table: pd.DataFrame, own: bool = True) -> pd.DataFrame:
     """
     rows = table[table.own == own].sort_values(["model", "text", "kind", "n_dropped"])
     case = ["model", "text", "kind", "n_dropped"]
-    shown = rows.assign(value=interval_text(rows, ["difference", "low", "high"], ".2g")).pivot_table(
-        "value", case, "method", aggfunc="first"
-    )
+    shown = rows.assign(value=difference_text(rows)).pivot_table("value", case, "method", aggfunc="first")
     ours = rows[rows.method == OURS].set_index(case).increase.map("{:.2f}".format)
     return shown.reindex(columns=[name for name in RIVALS if name in shown]).assign(**{OURS: ours}).fillna("–")
 

@@ -289,5 +289,7 @@ def scale_sentences(statements: pd.DataFrame, taus: pd.DataFrame) -> list[str]:
     some = [f"{name} ({word.removeprefix('holds for ')})" for name, word in table.items() if " of " in word]
     lines += [f"Statement that holds for some: {'; '.join(some)}."] if some else []
     if len(taus):
-        lines += [f"Kendall's tau of the order of methods is {row.tau:.2f} between {row.models}." for row in taus.itertuples()]
+        least, most = taus.loc[taus.tau.idxmin()], taus.loc[taus.tau.idxmax()]
+        ends = [f"{row.tau:.2f} ({row.models})" for row in (least, most)]
+        lines.append(f"Kendall's tau of the order of methods over {len(taus)} pairs of models: {' to '.join(dict.fromkeys(ends))}.")
     return lines

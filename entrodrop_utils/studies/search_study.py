@@ -261,6 +261,13 @@ def search_finding(rows: pd.DataFrame, kind: str, n: int, depth: int) -> str:
     return f"{cost}; {rival} costs {against:.2f} nats more than lazy greedy."
 
 
+def difference_text(rows: pd.DataFrame) -> np.ndarray:
+    """difference, low and high of each row as text, with one decimal where one of them is 10 or more, otherwise with two."""
+    columns = ["difference", "low", "high"]
+    large = rows[columns].abs().max(axis=1) >= 10
+    return np.where(large, interval_text(rows, columns, ".1f"), interval_text(rows, columns))
+
+
 def difference_table(table: pd.DataFrame, domain: str) -> pd.DataFrame:
     """What every other method costs more than lazy greedy, as text, with a column for each kind and count.
 
@@ -268,10 +275,9 @@ def difference_table(table: pd.DataFrame, domain: str) -> pd.DataFrame:
         table: of ``against_ours``.
     """
     rows = table[(table.domain == domain) & ~table.method.isin([OURS, RANDOM_DRAW])]
-    columns = ["difference", "low", "high"]
-    large = rows[columns].abs().max(axis=1) >= 10
-    rows = rows.assign(value=np.where(large, interval_text(rows, columns, ".1f"), interval_text(rows, columns)))
-    return rows.pivot_table("value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False)
+    return rows.assign(value=difference_text(rows)).pivot_table(
+        "value", "method", ["kind", "n_dropped"], aggfunc="first", sort=False
+    )
 
 
 def greedy_sentence(table: pd.DataFrame, more: float = 0.05) -> str:
