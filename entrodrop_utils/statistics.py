@@ -30,6 +30,10 @@ class Interval(NamedTuple):
             estimate, low, high = (f"{float(text):g}" for text in (estimate, low, high))
         return estimate if np.isnan([self.low, self.high]).any() else f"{estimate} [{low}, {high}]"
 
+    def within(self, least: float, most: float) -> "Interval":
+        """Cut at the least and greatest possible value, which leaves its coverage as it is."""
+        return Interval(*(float(np.clip(value, least, most)) for value in self))
+
 
 def mean_ends(values: Float[np.ndarray, "unit *rest"], confidence: float = CONFIDENCE) -> tuple:
     """The ends of Student's t interval of the mean over the first axis; nan for fewer than two units.

@@ -116,13 +116,6 @@ def test_without_items_only_repetition_is_measured_of_every_method(tiny, monkeyp
     )
 
 
-def test_an_interval_of_repetition_is_cut_at_0_and_1():
-    for shares in ([0, 0, 0.3], [1, 1, 0.7], [0.4, 0.5, 0.6]):
-        mean, low, high = study.repeated_interval(np.array(shares))
-        plain = stats.t(2, np.mean(shares), stats.sem(shares)).interval(0.95)
-        assert (mean, low, high) == pytest.approx((np.mean(shares), max(plain[0], 0), min(plain[1], 1)))
-
-
 def test_a_task_without_data_is_an_error(monkeypatch):
     nothing = pd.DataFrame(columns=["set", "task", "part", "metric", "item", "value"])
     monkeypatch.setattr(study, "task_scores_by_set", lambda *_: (pd.DataFrame({"note": ["cannot be had here"]}), nothing))

@@ -27,7 +27,7 @@ from ..selection import protected_layers
 from ..statistics import Interval, comparison, mean_interval, paired_difference
 from ..text import mixture
 from .methods import KIND_NAMES, METHOD_COLUMNS, RANDOM, Choice, Method
-from .writing import repeated_interval, repeated_shares
+from .writing import repeated_shares
 
 NONE, HOWS = "none", ("constant", "linear")
 REPAIRS = (NONE, *HOWS)
@@ -270,7 +270,7 @@ def repetition(
     rows = []
     for name, (drop_set, fitted) in {"dense": ((), None), **variants}.items():
         with dropped(model, drop_set, fitted) if drop_set else nullcontext():
-            rows.append((name, *repeated_interval(repeated_shares(model, prompts, n_new, gram))))
+            rows.append((name, *mean_interval(repeated_shares(model, prompts, n_new, gram)).within(0, 1)))
     return pd.DataFrame(rows, columns=["variant", "repeated", "low", "high"])
 
 

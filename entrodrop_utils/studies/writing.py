@@ -32,7 +32,7 @@ from ..progress import progress
 from ..record import run_record, write_recorded
 from ..repairing import repair
 from ..selection import count_of, one_shot
-from ..statistics import Interval, interval_text, mean_interval, paired_difference, share_interval
+from ..statistics import interval_text, mean_interval, paired_difference, share_interval
 from ..tasks import task_scores_by_set
 from ..text import text_digest, windows
 from .methods import layers_text
@@ -58,11 +58,6 @@ def repeated_shares(
     texts = model.generate(prompts.to(model.device), attention_mask=mask.to(model.device), **settings)[:, prompts.shape[1] :]
     pieces = [[tuple(text[i : i + gram]) for i in range(len(text) - gram + 1)] for text in texts.tolist()]
     return np.array([1 - len(set(runs)) / len(runs) for runs in pieces])
-
-
-def repeated_interval(shares: Float[np.ndarray, "prompt"]) -> Interval:
-    """Their mean with its interval over prompts, which ends at 0 and 1."""
-    return Interval(*(min(max(end, 0.0), 1.0) for end in mean_interval(shares)))
 
 
 def repetition(
@@ -157,7 +152,7 @@ def measure(name: str, task: str, items: int, precision: str) -> dict[str, pd.Da
 
     def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
         shares, dense = repetition(model, drop_set, prompts, repaired), repetition(model, (), prompts)
-        ends = dict(zip(("repeated", "low", "high"), repeated_interval(shares), strict=True))
+        ends = dict(zip(("repeated", "low", "high"), mean_interval(shares).within(0, 1), strict=True))
         more = dict(zip(("more", "more_low", "more_high"), paired_difference(shares, dense), strict=True))
         return [ends | more | {"prompts": len(prompts)}]
 
