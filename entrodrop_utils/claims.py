@@ -28,6 +28,7 @@ SUMMARY = {  # claim of the front page -> pattern of the claim in a ledger; the 
     "95% of accuracy stays without 37.5% of attention (bucket)": r"37\.5%.*by bucket keeps 95% of accuracy$",
     "attention is more redundant than MLPs": r"^attention is more redundant than MLPs? .*by bucket",
 }
+ROUNDING = 1e-12  # less than this is the rounding of a sum that is 0
 ANSWERS = {"holds": "yes", "does not hold": "no", "inconclusive": "undecided", "single step": "no: one step"}
 
 
@@ -57,7 +58,8 @@ def claim_row(
     text: str, source: str, published: str, measured: Interval, goal: float = 0.0, evidence: str = ""
 ) -> dict[str, object]:
     """The same row for a quantity whose interval was computed in another way."""
-    values = (text, source, published, *measured, goal, verdict(measured.low, measured.high, goal), evidence)
+    estimate, low, high = (0.0 if abs(value) < ROUNDING else value for value in measured)
+    values = (text, source, published, estimate, low, high, goal, verdict(low, high, goal), evidence)
     return dict(zip(COLUMNS, values, strict=True))
 
 

@@ -23,6 +23,12 @@ def test_the_verdict_follows_from_the_interval(goal, verdict):
     assert (row["verdict"], row["published"], row["source"]) == (verdict, "> 0.95", "abstract")
 
 
+def test_the_rounding_of_a_sum_that_is_zero_decides_nothing():
+    row = claims.claim_row("a", "b", "", Interval(0.2, -4e-17, 0.4))
+    assert (row["measured"], row["low"], row["high"], row["verdict"]) == (0.2, 0, 0.4, "inconclusive")
+    assert claims.claim_row("a", "b", "", Interval(0.2, 4e-17, 0.4)) == row
+
+
 def test_parts_are_joined_in_order_as_they_are_written(tmp_path):
     claims.join_claims(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def test_the_interval_of_a_mean_is_that_of_the_t_test():
 @pytest.mark.parametrize("shares", [[0, 0, 0.3], [1, 1, 0.7], [0.4, 0.5, 0.6], [0.5]])
 def test_the_interval_of_a_share_can_be_cut_at_its_bounds(shares):
     ends = np.array(mean_interval(np.array(shares)))
-    assert np.array(Interval(*ends).within(0, 1)) == pytest.approx(np.clip(ends, 0, 1), nan_ok=True)
+    assert np.array(Interval(*ends).within(0.0, 1.0)) == pytest.approx(np.clip(ends, 0, 1), nan_ok=True)
 
 
 def test_one_unit_has_no_interval_and_gives_no_verdict():

@@ -270,7 +270,7 @@ def repetition(
     rows = []
     for name, (drop_set, fitted) in {"dense": ((), None), **variants}.items():
         with dropped(model, drop_set, fitted) if drop_set else nullcontext():
-            rows.append((name, *mean_interval(repeated_shares(model, prompts, n_new, gram)).within(0, 1)))
+            rows.append((name, *mean_interval(repeated_shares(model, prompts, n_new, gram)).within(0.0, 1.0)))
     return pd.DataFrame(rows, columns=["variant", "repeated", "low", "high"])
 
 

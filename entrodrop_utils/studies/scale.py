@@ -85,6 +85,14 @@ def statements_by_text() -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
+def text_table(statements: pd.DataFrame) -> pd.DataFrame:
+    """Verdict and interval of every statement (rows) on every text (columns), as text."""
+    values = interval_text(statements, ["measured", "low", "high"], ".3g")
+    cells = statements.assign(cell=statements.verdict.str.cat(values, sep=": "))
+    table = cells.pivot_table("cell", ["model", "statement"], "text", aggfunc="first", sort=False)
+    return table.rename_axis(columns=None)
+
+
 def text_sentence(statements: pd.DataFrame) -> str:
     """Which statements have another verdict on another text, and of how many."""
     verdicts = statements.pivot_table("verdict", ["model", "statement"], "text", aggfunc="first", sort=False).dropna()

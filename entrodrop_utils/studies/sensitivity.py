@@ -320,7 +320,7 @@ def advantage(robust: Mapping[tuple[str, str], Agreement], metric: str, other: s
 def choice_stability(agreement: Mapping[Setting, Agreement], sources: Iterable[str], metric: str) -> Interval:
     """Mean share of the choice that other texts choose again; nan if there are none."""
     shares = [agreement[Setting("text", source, metric)] for source in sources]
-    return mean_of(shares).interval(-1).within(0, 1) if shares else Interval(*[float("nan")] * 3)
+    return mean_of(shares).interval(-1).within(0.0, 1.0) if shares else Interval(*[float("nan")] * 3)
 
 
 def sensitivity_claims(

@@ -152,7 +152,7 @@ def measure(name: str, task: str, items: int, precision: str) -> dict[str, pd.Da
 
     def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
         shares, dense = repetition(model, drop_set, prompts, repaired), repetition(model, (), prompts)
-        ends = dict(zip(("repeated", "low", "high"), mean_interval(shares).within(0, 1), strict=True))
+        ends = dict(zip(("repeated", "low", "high"), mean_interval(shares).within(0.0, 1.0), strict=True))
         more = dict(zip(("more", "more_low", "more_high"), paired_difference(shares, dense), strict=True))
         return [ends | more | {"prompts": len(prompts)}]
 
