@@ -210,13 +210,12 @@ def draw_repetition(table: pd.DataFrame, title: str) -> Figure:
             own = rows[rows.metric == method]
             x = 100 * own.n_dropped / own.n_layers + 1.6 * (i - (len(methods) - 1) / 2)  # side by side
             ends = [own.repeated - own.low, own.high - own.repeated]
-            look = {"color": looks[method], "marker": MARKERS.get(method, "*"), "label": method.replace("_", " ")}
+            look = {"color": looks[method], "marker": MARKERS.get(method, "D"), "label": method.replace("_", " ")}
             axis.errorbar(x, own.repeated, ends, linestyle="", markersize=4, linewidth=1, **look)
         axis.set_title(model.replace("-instruct", ""), fontsize=8)
-        axis.set_xticks([100 * share for share in FRACTIONS])
+        axis.set(xlabel="attention layers\ndropped (%)", xlim=(6, 44), xticks=[100 * share for share in FRACTIONS])
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes[0].set_ylabel("repeated pieces")
-    figure.supxlabel("attention layers dropped (%)", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     return figure
 
