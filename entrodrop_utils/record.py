@@ -1,4 +1,4 @@
-"""The record beside a table: what was run, on which weights and texts, with which packages, when and how long."""
+"""The record beside a table: what was run, on which weights and texts, with which packages, and how long it took."""
 
 import json
 import platform
