@@ -771,6 +771,12 @@ def test_a_run_other_than_the_default_one_has_a_record(project):
     assert content["packages"]["torch"].startswith("2.13") and content["texts"] == []
 
 
+def test_the_record_names_a_file_and_not_where_it_lies(tmp_path):
+    profile = Profile(model="smollm2-135m-instruct", size="large", text=str(tmp_path / "own.txt"))
+    settings = runner.recorded_settings(profile, {"k": 2, "model": "a", "text": "b"})
+    assert settings == {"model": profile.model, "size": "large", "text": "own.txt", "seed": 0, "parameters": {"k": 2}}
+
+
 def test_the_record_names_the_texts_of_the_output_and_the_commit(tmp_path):
     shown = nbformat.v4.new_output(
         "stream", name="stdout", text="24 windows of docs, hash b258e4ffd450\nheld out: hash 64b5896584c7"

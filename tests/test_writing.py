@@ -132,11 +132,16 @@ def test_the_committed_tables_are_shown_by_model_metric_and_share(tmp_path, monk
     assert study.committed_tables(study.ANSWERS, ["a", "b"]).empty
     (tmp_path / "b").mkdir()
     table.to_csv(tmp_path / "b" / study.ANSWERS, index=False)
+    (tmp_path / "c").mkdir()  # of 28 layers 4 are 14.3%, the number nearest to 12.5%
+    few = table[table.n_dropped < 6]
+    few.assign(n_layers=28, n_dropped=few.n_dropped.replace(3, 4)).to_csv(tmp_path / "c" / study.ANSWERS, index=False)
     answers = study.committed_tables(study.ANSWERS, ["a", "b"])
     assert answers.metric.tolist() == [m for m, *_ in rows] and set(answers.task_metric) == {"strict"}
     shown = study.answers_by_share(answers, ["value", "low", "high"])
     assert shown.columns.tolist() == ["0%", "12.5%", "25.0%"] and shown.index.tolist() == [("b", "cosine"), ("b", "bucket")]
     assert shown.loc[("b", "cosine")].tolist() == ["50% [40%, 60%]", "40% [30%, 50%]", "10% [0%, 20%]"]
+    both = study.answers_by_share(study.committed_tables(study.ANSWERS, ["b", "c"]), ["value", "low", "high"])
+    assert both.loc[("c", "cosine"), "12.5%"] == "40% [30%, 50%]" and both.columns.tolist() == shown.columns.tolist()
     (sentence,) = study.answer_sentences(answers)
     assert sentence == (
         "b answers 50% [40%, 60%] of 40 sums items right; without 3 of 24 attention layers chosen by cosine 40% [30%, 50%], "

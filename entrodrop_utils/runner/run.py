@@ -256,6 +256,14 @@ class Row(NamedTuple):
     where: str
 
 
+def recorded_settings(profile: Profile, parameters: dict[str, object]) -> dict[str, object]:
+    """What was chosen for a run. Of a file or folder it is the name: where it lies differs between machines."""
+    chosen = {name: getattr(profile, name) for name in ("model", "size", "text", "seed")}
+    others = {name: value for name, value in sorted(parameters.items()) if name not in chosen}
+    chosen |= {name: Path(chosen[name]).name for name in ("model", "text") if Path(chosen[name]).is_absolute()}
+    return {**chosen, "parameters": others}
+
+
 def printed_texts(notebook: nbformat.NotebookNode) -> list[str]:
     """The hashes of token windows that the output of a rendered notebook names."""
     output = " ".join(str(out.get("text", "")) for cell in notebook.cells for out in cell.get("outputs", []))
@@ -288,9 +296,7 @@ def run_notebook(notebook: Path, parameters: dict[str, object], label: str, pref
         write_notebook(result, stage / notebook.name)
         profile = replace(profile, output=str(stage))
         if not default:  # whose tables are the same bytes at every run; git knows the commit
-            identity = {name: getattr(profile, name) for name in ("model", "size", "text", "seed")}
-            others = {name: value for name, value in sorted(own.items()) if name not in identity}
-            settings = {"notebook": notebook.stem, **identity, "parameters": others}
+            settings = {"notebook": notebook.stem, **recorded_settings(profile, own)}
             record = run_record(settings, profile.model, printed_texts(result), time.monotonic() - start)
             write_record(stage / "results" / profile.folder / f"{_number(notebook)}_run.json", record)
         folders = move_into_place(profile, stage / notebook.name)

@@ -187,8 +187,9 @@ def committed_tables(file: str, models: Iterable[str]) -> pd.DataFrame:
 
 
 def answers_by_share(answers: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """An estimate and its interval as text: a row for each model and metric, a column for each share of attention layers."""
-    share = (answers.n_dropped / answers.n_layers).map("{:.1%}".format)
+    """An estimate and its interval as text: a row for each model and metric, in the column of the nearest of ``FRACTIONS``."""
+    nearest = [min(FRACTIONS, key=lambda fraction: abs(row.n_dropped / row.n_layers - fraction)) for row in answers.itertuples()]
+    share = [f"{fraction:.1%}" for fraction in nearest]
     table = answers.assign(share=share, text=interval_text(answers, columns, ".0%"))
     dense = table[table.metric == "dense"].set_index("model").text
     by_share = table[table.metric != "dense"].pivot_table("text", ["model", "metric"], "share", aggfunc="first", sort=False)
