@@ -65,7 +65,7 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
 
     monkeypatch.setattr(study, "task_scores_by_set", scored)
-    rows = study.measure("tiny", "sums", 10, "float32")[study.ANSWERS]
+    rows = study.measure_writing("tiny", "sums", 10, "float32")[study.ANSWERS]
     read = pd.read_csv(tiny / study.ANSWERS).fillna({"dropped": ""})
     pd.testing.assert_frame_equal(read, rows, rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
@@ -86,7 +86,7 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
 
 def test_without_items_only_repetition_is_measured_of_every_method(tiny, monkeypatch):
     monkeypatch.setattr(study, "task_scores_by_set", None)
-    ((file, table),) = study.measure("tiny", "sums", 0, "float32").items()
+    ((file, table),) = study.measure_writing("tiny", "sums", 0, "float32").items()
     assert file == study.REPETITION and not (tiny / study.ANSWERS).exists()
     methods = [*study.METRICS, *study.REPEATED, "lazy greedy"]
     assert [*zip(table.metric, table.n_dropped, strict=True)] == [

@@ -29,6 +29,7 @@ from ..export import gguf, mlx, vllm
 from ..export.llama_cpp import RuntimeUnavailable, llama_cpp_version, load
 from ..export.other_programs import ask, program_version
 from ..families.decoder import UnsupportedModel
+from ..files import write_table
 from ..models import load_model
 from ..paths import RESULTS
 from ..progress import progress

@@ -85,7 +85,7 @@ def statements_by_text() -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def text_table(statements: pd.DataFrame) -> pd.DataFrame:
+def statement_table(statements: pd.DataFrame) -> pd.DataFrame:
     """Verdict and interval of every statement (rows) on every text (columns), as text."""
     values = interval_text(statements, ["measured", "low", "high"], ".3g")
     cells = statements.assign(cell=statements.verdict.str.cat(values, sep=": "))

@@ -60,7 +60,7 @@ def repeated_shares(
     return np.array([1 - len(set(runs)) / len(runs) for runs in pieces])
 
 
-def repetition(
+def prompt_repetition(
     model: PreTrainedModel, drop_set: DropSet, prompts: Int[Tensor, "prompt token"], repaired: Repair | None = None
 ) -> Float[np.ndarray, "prompt"]:
     """The repeated share of the greedy continuation that a pruned model writes to each prompt, from the cache if it is there.
@@ -123,7 +123,7 @@ def attention_choices(
     return choices
 
 
-def measure(name: str, task: str, items: int, precision: str) -> dict[str, pd.DataFrame]:
+def measure_writing(name: str, task: str, items: int, precision: str) -> dict[str, pd.DataFrame]:
     """Measure a model, and write each table as it grows; file -> table.
 
     Args:
@@ -151,7 +151,7 @@ def measure(name: str, task: str, items: int, precision: str) -> dict[str, pd.Da
     hashes = [text_digest(ids) for ids in (scored, searched, fitted, prompts)]
 
     def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
-        shares, dense = repetition(model, drop_set, prompts, repaired), repetition(model, (), prompts)
+        shares, dense = prompt_repetition(model, drop_set, prompts, repaired), prompt_repetition(model, (), prompts)
         ends = dict(zip(("repeated", "low", "high"), mean_interval(shares).within(0.0, 1.0), strict=True))
         more = dict(zip(("more", "more_low", "more_high"), paired_difference(shares, dense), strict=True))
         return [ends | more | {"prompts": len(prompts)}]
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--items", type=int, default=100, help="of the task; 0 measures only repetition")
     parser.add_argument("--precision", default="bfloat16", help="of the weights while the model writes: float32 or bfloat16")
     chosen = parser.parse_args(arguments)
-    for table in measure(chosen.model, chosen.task, chosen.items, chosen.precision).values():
+    for table in measure_writing(chosen.model, chosen.task, chosen.items, chosen.precision).values():
         print(table.round(3).to_string(index=False))
     return 0
 
