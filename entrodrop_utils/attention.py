@@ -57,7 +57,7 @@ def restricted(model: nn.Module, rule: Rule) -> Iterator[nn.Module]:
 
 
 @measuring
-def attention_on(model: PreTrainedModel, windows: Int[Tensor, "window token"], position: int) -> Float[np.ndarray, "layer"]:
+def attention_on(model: PreTrainedModel, windows: Int[Tensor, "window token"], position: int) -> Float[np.ndarray, " layer"]:
     """The share of attention that the token at a position of a window receives from the later ones, for each layer.
 
     Mean over heads, windows and all later queries; in a decoder the earlier ones do not see the token.
@@ -71,7 +71,7 @@ def attention_on(model: PreTrainedModel, windows: Int[Tensor, "window token"], p
     return np.array(shares).mean(0)
 
 
-def attention_on_first(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> Float[np.ndarray, "layer"]:
+def attention_on_first(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> Float[np.ndarray, " layer"]:
     """``attention_on`` the first token.
 
     A large share is the attention sink of "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
@@ -99,7 +99,7 @@ def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _nested(part)
 
 
-def _attentions(model: PreTrainedModel, window: Int[Tensor, "token"]) -> tuple[Float[Tensor, "1 head query key"], ...]:
+def _attentions(model: PreTrainedModel, window: Int[Tensor, " token"]) -> tuple[Float[Tensor, "1 head query key"], ...]:
     return model.base_model(window[None].to(model.device), output_attentions=True, use_cache=False).attentions
 
 

@@ -50,7 +50,7 @@ cached_entropies = functools.partial(scoring.entropies, measure=measure_cached)
 
 def entropy_curve(
     model: nn.Module, windows: Int[Tensor, "sequence token"], metric: Metric, sub_blocks: Iterable[SubBlock] = ()
-) -> Float[np.ndarray, "endpoint"]:
+) -> Float[np.ndarray, " endpoint"]:
     """Mean entropy at each of the 2 L + 1 endpoints of the model without some sub-blocks, nats.
 
     A dropped sub-block passes the stream unchanged. The pruned model has no endpoint inside a dropped block; there, the curve has

@@ -35,7 +35,7 @@ ANSWERS = {"holds": "yes", "does not hold": "no", "inconclusive": "undecided", "
 def claim(
     text: str,
     source: str,
-    values: Float[np.ndarray, "unit"],
+    values: Float[np.ndarray, " unit"],
     goal: float = 0.0,
     published: str = "",
     evidence: str = "",

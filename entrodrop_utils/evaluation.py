@@ -32,7 +32,7 @@ class Estimate:
 
     mean: float
     stderr: float
-    per_window: Float[np.ndarray, "window"]
+    per_window: Float[np.ndarray, " window"]
 
     @property
     def perplexity(self) -> float:
@@ -40,7 +40,7 @@ class Estimate:
         return math.exp(self.mean)
 
     @classmethod
-    def of(cls, per_window: Float[np.ndarray, "window"]) -> "Estimate":
+    def of(cls, per_window: Float[np.ndarray, " window"]) -> "Estimate":
         """The estimate from one value per window; a single window has no standard error (nan)."""
         n = len(per_window)
         return cls(float(per_window.mean()), float(per_window.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, per_window)
@@ -86,7 +86,7 @@ class _Reference:
         # Not exactly 1 in float32; summed like the other terms, its rounding error cancels
         self.total = torch.linalg.vecdot(self.p, torch.ones_like(self.p))
 
-    def compare(self, logits: Float[Tensor, "batch token vocab"]) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    def compare(self, logits: Float[Tensor, "batch token vocab"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Mean next-token loss and mean KL(dense || pruned) of each window."""
         log_normaliser, expected = torch.empty_like(self.total), torch.empty_like(self.total)
         memory = self.p.new_empty(ROWS, self.p.shape[-1])

@@ -20,7 +20,7 @@ class Reading(NamedTuple):
     """What a model makes of a text: its tokens, the loss of each but the first, and after each the likeliest next tokens."""
 
     tokens: list[str]
-    losses: Float[np.ndarray, "token"]  # nats; nan for the first token
+    losses: Float[np.ndarray, " token"]  # nats; nan for the first token
     candidates: list[list[tuple[str, float]]]  # (token, probability), likeliest first
 
 

@@ -111,7 +111,7 @@ def prune_until(
 
 
 def share_interval_of(
-    pruned: Float[np.ndarray, "unit"], dense: Float[np.ndarray, "unit"], by_loss: bool, confidence: float = CONFIDENCE
+    pruned: Float[np.ndarray, " unit"], dense: Float[np.ndarray, " unit"], by_loss: bool, confidence: float = CONFIDENCE
 ) -> Interval:
     """The share of the dense model's performance that is left, with its interval over windows or items, by Student's t.
 

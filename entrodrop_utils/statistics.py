@@ -35,7 +35,7 @@ class Interval(NamedTuple):
         return Interval(*(float(np.clip(value, least, most)) for value in self))
 
 
-def mean_ends(values: Float[np.ndarray, "unit *rest"], confidence: float = CONFIDENCE) -> tuple:
+def mean_ends(values: Float[np.ndarray, " unit *rest"], confidence: float = CONFIDENCE) -> tuple:
     """The ends of Student's t interval of the mean over the first axis; nan for fewer than two units.
 
     It covers 93 to 97% at 7, 14 and 30 units for normal values and for skewness up to 1, where the percentile bootstrap covers 86%
@@ -50,12 +50,12 @@ def mean_ends(values: Float[np.ndarray, "unit *rest"], confidence: float = CONFI
     return values.mean(axis=0) - half, values.mean(axis=0) + half
 
 
-def mean_interval(values: Float[np.ndarray, "unit"], confidence: float = CONFIDENCE) -> Interval:
+def mean_interval(values: Float[np.ndarray, " unit"], confidence: float = CONFIDENCE) -> Interval:
     """The mean of one value per unit, with ``mean_ends``."""
     return Interval(float(np.mean(values)), *map(float, mean_ends(values, confidence)))
 
 
-def paired_difference(values: Float[np.ndarray, "unit"], reference: Float[np.ndarray, "unit"]) -> Interval:
+def paired_difference(values: Float[np.ndarray, " unit"], reference: Float[np.ndarray, " unit"]) -> Interval:
     """The mean of ``values - reference``, both measured on the same units."""
     return mean_interval(np.asarray(values) - np.asarray(reference))
 
@@ -72,13 +72,13 @@ def curve_table(values: Float[np.ndarray, "unit point"]) -> pd.DataFrame:
     return pd.DataFrame({"mean": np.asarray(values).mean(0), "low": low, "high": high})
 
 
-def share_interval(hits: Bool[np.ndarray, "unit"]) -> Interval:
+def share_interval(hits: Bool[np.ndarray, " unit"]) -> Interval:
     """The share of units that are hits, with Wilson's interval: a method's place among random draws."""
     test = stats.binomtest(int(np.sum(hits)), len(hits))
     return Interval(test.statistic, *map(float, test.proportion_ci(CONFIDENCE, method="wilson")))
 
 
-def half_means(values: Float[np.ndarray, "unit *rest"], draws: int = 200, seed: int = 0) -> Float[np.ndarray, "draw *rest"]:
+def half_means(values: Float[np.ndarray, " unit *rest"], draws: int = 200, seed: int = 0) -> Float[np.ndarray, " draw *rest"]:
     """Means over random halves of the units and over their complements; nan for fewer than two units.
 
     A half's mean differs from the mean of all units as much as that differs from the mean of infinitely many. Samples of equal size
@@ -93,7 +93,7 @@ def half_means(values: Float[np.ndarray, "unit *rest"], draws: int = 200, seed: 
     return np.tensordot(chosen / chosen.sum(1, keepdims=True), values, axes=1)
 
 
-def half_interval(estimate: float, halves: Float[np.ndarray, "draw"], n_units: int) -> Interval:
+def half_interval(estimate: float, halves: Float[np.ndarray, " draw"], n_units: int) -> Interval:
     """The interval of a statistic from its values on halves of the units: estimate +- t * root mean square deviation of a half.
 
     The deviation is that from the estimate, so it holds the bias which noise gives to an agreement of rankings. The ends are not
@@ -108,7 +108,7 @@ def half_interval(estimate: float, halves: Float[np.ndarray, "draw"], n_units: i
 
 
 def half_sampling(
-    statistic: Callable[..., float], *samples: Float[np.ndarray, "unit *rest"], draws: int = 200, seed: int = 0
+    statistic: Callable[..., float], *samples: Float[np.ndarray, " unit *rest"], draws: int = 200, seed: int = 0
 ) -> Interval:
     """The interval of a statistic of means that is not smooth in them: a rank agreement, an overlap, the depth of a choice.
 
@@ -123,7 +123,7 @@ def half_sampling(
     return half_interval(estimate, np.array(halves), min(map(len, samples)))
 
 
-def kendall_tau(x: Float[np.ndarray, "item"], y: Float[np.ndarray, "item"]) -> float:
+def kendall_tau(x: Float[np.ndarray, " item"], y: Float[np.ndarray, " item"]) -> float:
     """Kendall's tau-b of two rankings of the same items; nan where one of them is constant.
 
     ``scipy.stats.kendalltau`` gives the same number and a p-value, in fifty times the time: intervals need thousands of them.
@@ -147,14 +147,14 @@ def kendall_interval(
     return half_sampling(kendall_tau, scores, reference, draws=draws, seed=seed)
 
 
-def bootstrap_means(values: Float[np.ndarray, "unit *rest"], draws: int = 1000, seed: int = 0) -> Float[np.ndarray, "draw *rest"]:
+def bootstrap_means(values: Float[np.ndarray, " unit *rest"], draws: int = 1000, seed: int = 0) -> Float[np.ndarray, " draw *rest"]:
     """Means over resampled units, for smooth statistics of the means of many items (ratios of accuracies)."""
     values = np.asarray(values, dtype=float)
     counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
     return np.tensordot(counts / len(values), values, axes=1)
 
 
-def ends(draws: Float[np.ndarray, "draw *rest"]) -> tuple:
+def ends(draws: Float[np.ndarray, " draw *rest"]) -> tuple:
     """The ends of the percentile bootstrap interval, from draws along the first axis; for fewer than 100 units it is too short."""
     low, high = np.percentile(draws, PERCENTILES, axis=0)
     return low, high

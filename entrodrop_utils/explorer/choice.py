@@ -27,7 +27,7 @@ class Ranking:
 
     settings: Settings
     loaded: LoadedModel
-    curve: Float[np.ndarray, "endpoint"]
+    curve: Float[np.ndarray, " endpoint"]
     importance: dict[SubBlock, float]
     order: list[SubBlock]
 

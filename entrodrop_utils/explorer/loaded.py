@@ -137,7 +137,7 @@ class LoadedModel:
         return Scores(table, mean, {s: place for order in orders for place, s in enumerate(order, start=1)})
 
     @computed_once
-    def curve(self, drop: Sequence[SubBlock], settings: Settings) -> Float[np.ndarray, "endpoint"]:
+    def curve(self, drop: Sequence[SubBlock], settings: Settings) -> Float[np.ndarray, " endpoint"]:
         """Mean entropy at each of the 2 L + 1 endpoints, nats; a dropped sub-block passes the stream unchanged."""
         return entropy_curve(self.model, self.calibration(settings), settings.configured(settings.entropy), drop)
 

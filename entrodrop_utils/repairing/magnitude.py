@@ -22,7 +22,7 @@ Ends = tuple[int, int]  # endpoints
 @measuring
 def magnitude_ratios(
     model: PreTrainedModel, ends: list[Ends], windows: Tensor, rotation: Tensor | None = None
-) -> dict[Ends, Float[Tensor, "dim"]]:
+) -> dict[Ends, Float[Tensor, " dim"]]:
     """For every pair of endpoints, the mean absolute value of each channel at the second over that at the first.
 
     Args:

@@ -130,7 +130,7 @@ def cbo(
     return SearchResult(list(best), passes, passes * windows.shape[1])
 
 
-def _descended(hessian: Float[np.ndarray, "gate gate"], chosen: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+def _descended(hessian: Float[np.ndarray, "gate gate"], chosen: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """The set after the best exchange of one member, again and again, until none lowers the energy."""
     x = np.zeros(len(hessian))
     x[chosen] = 1

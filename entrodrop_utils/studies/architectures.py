@@ -176,7 +176,7 @@ def first_dropped_claims(scores: pd.DataFrame, amount: str, fraction: float = 0.
         values = sub_block_scores(scores, estimator, True, "attention")
         n_layers = values.shape[1]
 
-        def depth(means: Float[np.ndarray, "layer"], n_layers=n_layers) -> float:
+        def depth(means: Float[np.ndarray, " layer"], n_layers=n_layers) -> float:
             return float((means.argsort()[: count_of(fraction, n_layers)].mean() + 0.5) / n_layers - 0.5)
 
         what = f"the {100 * fraction:.3g}% of attention layers with the least {ENTROPY_NAMES[estimator, True]} increase are deep"

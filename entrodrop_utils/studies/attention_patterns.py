@@ -36,7 +36,7 @@ class PatternResult(NamedTuple):
 
     scores: pd.DataFrame
     curves: Curves
-    loss: Float[np.ndarray, "window"]
+    loss: Float[np.ndarray, " window"]
 
 
 def masked_first(model: PreTrainedModel, windows: Int[Tensor, "sequence token"], metrics: Mapping[str, Metric]) -> pd.DataFrame:

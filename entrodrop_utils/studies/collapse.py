@@ -71,7 +71,7 @@ def recall_windows(random: Int[Tensor, "window token"], distance: int, segment: 
 @measuring
 def recalled_shares(
     model: PreTrainedModel, ids: Int[Tensor, "window token"], segment: int = SEGMENT, warm: int = WARM
-) -> Float[np.ndarray, "window"]:
+) -> Float[np.ndarray, " window"]:
     """The share of the last ``segment - warm`` tokens of each window that the model ranks first.
 
     On ``recall_windows`` it is recall: a model that does not see the first copy guesses among all tokens. The first ``warm``
@@ -84,7 +84,7 @@ def recalled_shares(
     return np.array(shares)
 
 
-def kept(values: Float[np.ndarray, "unit"], dense: Float[np.ndarray, "unit"]) -> Interval:
+def kept(values: Float[np.ndarray, " unit"], dense: Float[np.ndarray, " unit"]) -> Interval:
     """The mean of values as a share of the dense mean on the same units, with its interval; nan where the latter is zero."""
     return half_sampling(lambda pruned, whole: float(pruned / whole) if whole else np.nan, values, dense)
 

@@ -34,7 +34,7 @@ def curve_matrix(curves: pd.DataFrame) -> Float[np.ndarray, "sequence endpoint"]
     return curves.pivot_table(index="sequence", columns="endpoint", values="value").to_numpy()
 
 
-def boundary_layer(curve: Float[np.ndarray, "endpoint"]) -> int:
+def boundary_layer(curve: Float[np.ndarray, " endpoint"]) -> int:
     """The layer after the first whose input has the least entropy: the first layer of the rising stage, if the curve falls."""
     return 1 + int(curve[2:-1:2].argmin())  # the last endpoint is the output, which is no layer's input
 
@@ -72,7 +72,7 @@ def stages(curves: Float[np.ndarray, "sequence endpoint"], seed: int = 0) -> Sta
 
 
 def _stages(
-    where: Float[np.ndarray, "endpoint"], values: Float[np.ndarray, "sequence endpoint"]
+    where: Float[np.ndarray, " endpoint"], values: Float[np.ndarray, "sequence endpoint"]
 ) -> Float[np.ndarray, "3 sequence"]:
     """Fall, rise and largest step of every window, at the places where they are in the mean curve of other windows."""
     boundary = boundary_layer(where)
@@ -134,7 +134,7 @@ def shape_of_row(row: pd.Series) -> str:
     return shape_of(*(Interval(*row[[name, f"{name}_low", f"{name}_high"]]) for name in ("fall", "rise")), row.verdict)
 
 
-def scale_and_shape(entropy: Float[np.ndarray, "endpoint"], scale: Float[np.ndarray, "endpoint"]) -> pd.DataFrame:
+def scale_and_shape(entropy: Float[np.ndarray, " endpoint"], scale: Float[np.ndarray, " endpoint"]) -> pd.DataFrame:
     """The entropy increase of every block, split into growth of scale and change of shape.
 
     Args:
@@ -148,7 +148,7 @@ def scale_and_shape(entropy: Float[np.ndarray, "endpoint"], scale: Float[np.ndar
     return table.rename_axis(index="layer")
 
 
-def steepest(curve: Float[np.ndarray, "endpoint"]) -> tuple[str, float]:
+def steepest(curve: Float[np.ndarray, " endpoint"]) -> tuple[str, float]:
     """The sub-block with the largest step down in a mean curve, and the step in nats (negative)."""
     steps = np.diff(curve)
     layer, is_mlp = divmod(int(steps.argmin()), 2)

@@ -76,7 +76,7 @@ def encoder_claims(
         the columns of ``claims.claim``.
     """
 
-    def agreement(kind: str, metric: str) -> Float[np.ndarray, "window"]:
+    def agreement(kind: str, metric: str) -> Float[np.ndarray, " window"]:
         return by_set[tuple(sorted(choices[kind, Method(metric), n]))].agreement.to_numpy()
 
     gains = [agreement("attention", metric) - agreement("attention", "cosine") for metric in ("bucket", "knn")]

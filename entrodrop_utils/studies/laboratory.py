@@ -28,7 +28,7 @@ def draw_sample(distribution: str, n_tokens: int, dim: int, rng: np.random.Gener
     return torch.from_numpy(np.ascontiguousarray(DISTRIBUTIONS[distribution].rvs(size=(n_tokens, dim), random_state=rng)))
 
 
-def _summary(values: Float[np.ndarray, "draw"], truth: float) -> tuple[float, ...]:
+def _summary(values: Float[np.ndarray, " draw"], truth: float) -> tuple[float, ...]:
     mean, low, high = mean_interval(values)
     return truth, mean, low, high, mean - truth, values.std(ddof=1)
 

@@ -186,7 +186,7 @@ def place_among_draws(pruning: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["kind", *METHOD_COLUMNS, "n_dropped", "dropped", "draws", "share", "low", "high", "verdict"])
 
 
-def place_of(beaten: Bool[np.ndarray, "draw"]) -> tuple[int, float, float, float, str]:
+def place_of(beaten: Bool[np.ndarray, " draw"]) -> tuple[int, float, float, float, str]:
     """A place among random draws, from whether each of them is beaten: their number, the share with Wilson's interval, verdict."""
     share = share_interval(beaten)
     return len(beaten), *share, comparison(share.low - 0.5, share.high - 0.5)

@@ -31,7 +31,7 @@ NOT_SHOWN = "not shown"
 
 
 @measuring
-def next_tokens(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> dict[str, Float[np.ndarray, "window"]]:
+def next_tokens(model: PreTrainedModel, windows: Int[Tensor, "window token"]) -> dict[str, Float[np.ndarray, " window"]]:
     """Mean loss (likelihood, nats) and share of next tokens that the model ranks first (accuracy) of each window."""
     values = {measure: [] for measure in MEASURED_BY}
     for ids in progress(windows.to(model.device), "next tokens"):
@@ -41,7 +41,7 @@ def next_tokens(model: PreTrainedModel, windows: Int[Tensor, "window token"]) ->
     return {measure: np.array(of_windows) for measure, of_windows in values.items()}
 
 
-def _kept(model: PreTrainedModel, windows: Tensor, measure: str, kept: dict) -> Float[np.ndarray, "window"]:
+def _kept(model: PreTrainedModel, windows: Tensor, measure: str, kept: dict) -> Float[np.ndarray, " window"]:
     """``next_tokens`` of a model from which something is dropped; one that was measured before is not run again."""
     left = (tuple(map(id, decoder_layers(model))), *(tuple(find(model, kind)) for kind in ("attention", "mlp")))
     if left not in kept:

@@ -104,7 +104,7 @@ def noise_increases(
 
 def rounding_increases(
     model: PreTrainedModel, held_out: Int[Tensor, "window token"], loss: Estimate, formats: dict[str, str], block_shift: int
-) -> Float[np.ndarray, "window"]:
+) -> Float[np.ndarray, " window"]:
     """Loss increase of every window after a second rounding, in blocks that start ``block_shift`` weights later."""
     return perplexity(rounded_copy(model, formats, block_shift), held_out).per_window - loss.per_window
 
@@ -121,7 +121,7 @@ def parabola(doses: Sequence[float], increases: Float[np.ndarray, "*rest dose"])
     return np.asarray(increases) @ np.linalg.pinv(powers).T
 
 
-def rounding_table(added: pd.DataFrame, rounded: Float[np.ndarray, "window"]) -> pd.DataFrame:
+def rounding_table(added: pd.DataFrame, rounded: Float[np.ndarray, " window"]) -> pd.DataFrame:
     """The loss increase by every noise, with its interval over windows: noise, dose, increase, low, high.
 
     ``added`` and ``rounded`` are measured. ``of the file`` is the increase that the file's own rounding caused: the negative of the

@@ -46,7 +46,7 @@ HEAL_TOKENS, STEPS = 128, 60  # of each window that is trained on; steps of two 
 @measuring
 def first_token_means(
     model: PreTrainedModel, drop_set: Iterable[SubBlock], text: Int[Tensor, "sequence token"]
-) -> dict[SubBlock, Float[Tensor, "dim"]]:
+) -> dict[SubBlock, Float[Tensor, " dim"]]:
     """What each branch adds to the stream at the first token of a window, in the mean over windows."""
     first = text[:, :1]  # nothing stands before it, so nothing else is needed
     stream = states(model, first.to(model.device))[..., 0, :]
@@ -55,7 +55,7 @@ def first_token_means(
 
 def losses_with_first(
     model: PreTrainedModel, ids: Int[Tensor, "window token"], drop_set: DropSet, constant: Repair, means: Mapping[SubBlock, Tensor]
-) -> Float[np.ndarray, "window"]:
+) -> Float[np.ndarray, " window"]:
     """The loss of every window with these means in place of the constant at the first token."""
     with dropped(model, drop_set, constant), ExitStack() as stack:
         for sub_block in drop_set:

@@ -51,7 +51,7 @@ ANSWERS, REPETITION = "generation.csv", "repetition.csv"
 @measuring
 def repeated_shares(
     model: PreTrainedModel, prompts: Int[Tensor, "prompt token"], n_new: int, gram: int = N_GRAM
-) -> Float[np.ndarray, "prompt"]:
+) -> Float[np.ndarray, " prompt"]:
     """The share of the ``gram``-token pieces of each prompt's greedy continuation that stood earlier in it."""
     mask = torch.ones_like(prompts)
     settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
@@ -62,7 +62,7 @@ def repeated_shares(
 
 def prompt_repetition(
     model: PreTrainedModel, drop_set: DropSet, prompts: Int[Tensor, "prompt token"], repaired: Repair | None = None
-) -> Float[np.ndarray, "prompt"]:
+) -> Float[np.ndarray, " prompt"]:
     """The repeated share of the greedy continuation that a pruned model writes to each prompt, from the cache if it is there.
 
     Args:

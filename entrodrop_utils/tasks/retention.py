@@ -40,7 +40,7 @@ class Retention:
     """Bootstrap draws of every set's mean accuracy over tasks: items are drawn anew within each task, the same for all sets."""
 
     sets: list[DropSet]
-    mean: Float[np.ndarray, "set"]  # of the accuracies
+    mean: Float[np.ndarray, " set"]  # of the accuracies
     means: Float[np.ndarray, "draw set"]
     chance: float
 
@@ -64,7 +64,7 @@ class Retention:
         chance = scores[scores.task.isin(tasks)].drop_duplicates("task").chance.mean()
         return cls(sets, np.mean([one.to_numpy().mean(0) for one in wide], axis=0), draws, float(chance))
 
-    def draws(self, sets: Sequence[DropSet], above: bool = False) -> Float[np.ndarray, "draw"]:
+    def draws(self, sets: Sequence[DropSet], above: bool = False) -> Float[np.ndarray, " draw"]:
         """Draws of the mean retention of some sets (one, or the random ones together), as the paper counts or above chance."""
         off = self.chance if above else 0.0
         at = [self.sets.index(one) for one in sets]
