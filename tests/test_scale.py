@@ -54,7 +54,7 @@ def test_statements_on_another_text_stand_beside_those_of_the_same_run(tmp_path,
     assert len(table) == 4 and set(table["size"]) == {"large"}
     name = "KNN entropy beats cosine"
     assert (table.verdict["c4", name], table.verdict["docs", name]) == ("inconclusive", "holds")
-    assert scale.statement_table(table.reset_index()).loc["a", name].to_dict() == {
+    assert scale.verdicts_by_text(table.reset_index()).loc["a", name].to_dict() == {
         "docs": "holds: 1 [0, 2]",
         "c4": "inconclusive: 1 [0, 2]",
     }

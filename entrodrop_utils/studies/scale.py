@@ -26,6 +26,10 @@ STATEMENTS = {
     "attention is more redundant than MLPs, by cosine": r"more redundant than MLP \(37\.5% by cosine\).*measured: extra loss",
     "bucket entropy falls, then rises": r"^bucket entropy falls, then rises",
     "KNN entropy falls, then rises": r"^knn entropy falls, then rises",
+    "bucket entropy is more robust than Renyi": r"^bucket is more robust than renyi",
+    "KNN entropy is more robust than Renyi": r"^knn is more robust than renyi",
+    "bucket entropy is more robust than Gaussian": r"^bucket is more robust than gaussian",
+    "KNN entropy is more robust than Gaussian": r"^knn is more robust than gaussian",
 }
 PANELS = {  # of the figure: title -> words of its statements, and what its axis shows
     "against cosine": ("beats cosine", "nats per token saved"),
@@ -85,12 +89,12 @@ def statements_by_text() -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 
-def statement_table(statements: pd.DataFrame) -> pd.DataFrame:
+def verdicts_by_text(statements: pd.DataFrame) -> pd.DataFrame:
     """Verdict and interval of every statement (rows) on every text (columns), as text."""
     values = interval_text(statements, ["measured", "low", "high"], ".3g")
     cells = statements.assign(cell=statements.verdict.str.cat(values, sep=": "))
     table = cells.pivot_table("cell", ["model", "statement"], "text", aggfunc="first", sort=False)
-    return table.rename_axis(columns=None)
+    return table.dropna().rename_axis(columns=None)  # a statement that was measured on all
 
 
 def text_sentence(statements: pd.DataFrame) -> str:
