@@ -149,9 +149,10 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
     model, _ = load_model(name, dtype=precision)
     about = {"precision": precision, "device": device_name(model.device)}
     hashes = [text_digest(ids) for ids in (scored, searched, fitted, prompts)]
+    dense = prompt_repetition(model, (), prompts)
 
     def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
-        shares, dense = prompt_repetition(model, drop_set, prompts, repaired), prompt_repetition(model, (), prompts)
+        shares = prompt_repetition(model, drop_set, prompts, repaired) if drop_set else dense
         ends = dict(zip(("repeated", "low", "high"), mean_interval(shares).within(0.0, 1.0), strict=True))
         more = dict(zip(("more", "more_low", "more_high"), paired_difference(shares, dense), strict=True))
         return [ends | more | {"prompts": len(prompts)}]
