@@ -41,8 +41,8 @@ from .speed import device_name
 
 N_GRAM = 4  # tokens of the pieces whose repetition is counted
 FRACTIONS = (0.125, 0.25, 0.375)  # of the attention layers
-METRICS = ("cosine", "bucket")  # whose choices answer the task; the first metric's smallest choice also with a linear repair
-REPEATED = ("knn", "norm_ratio")  # whose choices only continue text, as do those of lazy greedy
+METRICS = ("cosine", "bucket")  # whose choices answer the task, as do those of lazy greedy; the first's smallest also repaired
+REPEATED = ("knn", "norm_ratio")  # whose choices only continue text
 SCORED, SEARCHED, FITTED = (24, 256), (3, 32), (20, 256)  # calibration windows of the scores, of lazy greedy, of the linear repair
 PROMPTS, NEW = (24, 64), 64  # prompts of evaluation text; tokens that continue them
 ANSWERS, REPETITION = "generation.csv", "repetition.csv"
@@ -170,8 +170,8 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
             write_recorded(RESULTS / slug(name) / file, pd.DataFrame(rows), record)
         return pd.DataFrame(rows)
 
-    few = ("dense", *METRICS, mended[0])
-    tables = {REPETITION: written(REPETITION, (*few, *REPEATED, OURS), repeating)}
+    few = ("dense", *METRICS, OURS, mended[0])
+    tables = {REPETITION: written(REPETITION, (*few, *REPEATED), repeating)}
     if items:
         tables[ANSWERS] = written(ANSWERS, few, answering, task=task, items=items)
     return tables
