@@ -92,6 +92,7 @@ def collapsed(tmp_path_factory):
             "RESULTS": folder,
             "SEARCH_TEXT": (2, 12),
             "SCORE_TEXT": (2, 30),
+            "REPEATED_TEXT": (2, 9),
             "HELD_OUT": (5, 20),
             "PROMPT": 8,
             "NEW": 12,
@@ -108,11 +109,19 @@ def collapsed(tmp_path_factory):
 def test_every_ability_is_that_of_the_pruned_model(collapsed):
     table, read, missing = collapsed
     pd.testing.assert_frame_equal(read.fillna(""), table.fillna(""), rtol=1e-4, atol=1e-6, check_dtype=False)
-    assert missing is None and set(table.n_dropped) == {0, 1, 3} and len(table) == 2 * 3 * 5
+    assert missing is None and set(table.n_dropped) == {0, 1, 3} and len(table) == 4 * 3 * 5
     model, held_out = tiny_llama(), text_of("docs", "evaluation", None, 5, 20)
-    order = search.lazy_greedy(model, text_of("docs", "calibration", None, 2, 12), 3).order
+    first, body = text_of("docs", "calibration", None, 2, 9).split([1, 8], dim=1)
+    texts = {
+        "repeated text": torch.cat([first, body, body], 1),
+        "long text": text_of("docs", "calibration", None, 2, 17),
+        "": text_of("docs", "calibration", None, 2, 12),
+    }
+    for name, ids in texts.items():
+        order = search.lazy_greedy(model, ids, 3).order
+        own = table[(table.method == ", ".join(["lazy greedy", name][: 1 + bool(name)])) & (table.n_dropped == 3)]
+        assert own.dropped.unique().item() == " ".join(str(s.layer) for s in order)
     rows = table[(table.method == "lazy greedy") & (table.n_dropped == 3)].set_index("ability")
-    assert rows.dropped.unique().item() == " ".join(str(s.layer) for s in order)
 
     def loss() -> float:
         return float(np.mean([float(model(w[None], labels=w[None]).loss) for w in held_out]))

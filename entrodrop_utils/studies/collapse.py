@@ -29,16 +29,18 @@ from ..statistics import Interval, half_sampling, paired_difference
 from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import NAMES as LOCAL_TASKS
 from ..tasks.retention import Retention, above_chance
-from ..text import windows
+from ..text import repeated, windows
 from .methods import layers_text
-from .search_study import OURS
+from .search_study import ON_REPEATED, OURS
 from .writing import repeated_shares
 
 FILE = "collapse.csv"
 SHARES = (0.125, 0.25, 0.375)  # of the attention layers
 SEARCH_TEXT, SCORE_TEXT = (3, 32), (4, 128)  # as notebook 05: calibration windows and tokens of lazy greedy and of cosine
+REPEATED_TEXT = (2, 129)  # windows whose tokens lazy greedy reads twice; it also reads as much text that is not repeated
+ON_LONG = f"{OURS}, long text"
 HELD_OUT, PROMPT, NEW = (6, 64), 32, 48  # evaluation windows as notebook 05; tokens of a prompt, and that continue it
-DISTANCES, SEGMENT, WARM, RECALLED = (32, 128, 512), 32, 4, 6  # tokens; scored after WARM of the copy; windows of each distance
+DISTANCES, SEGMENT, WARM, RECALLED = (32, 128, 512), 32, 4, 12  # tokens; scored after WARM of the copy; windows of each distance
 PROMPTS = 12  # whose continuations are searched for repetition
 TASKS, ITEMS = tuple(name for name in LOCAL_TASKS if name != "induction"), 25
 LIKELIHOOD, TASK, VARIED = "likelihood", "task accuracy", "varied text"
@@ -90,12 +92,15 @@ def kept(values: Float[np.ndarray, " unit"], dense: Float[np.ndarray, " unit"]) 
 
 
 def attention_orders(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, DropSet]:
-    """Lazy greedy's and cosine's ``n`` attention layers, first dropped first."""
-    short, long = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in (SEARCH_TEXT, SCORE_TEXT))
-    return {
-        OURS: tuple(search.lazy_greedy(model, short, n).order),
-        "cosine": tuple(search.by_score(model, long, n, metric="cosine").order),
-    }
+    """The ``n`` attention layers of lazy greedy on three texts and of cosine, first dropped first."""
+
+    def text(n_windows: int, n_tokens: int) -> Int[Tensor, "_ _"]:
+        return windows(DEFAULT_TEXT, "calibration", tokenizer, n_windows, n_tokens)
+
+    twice = repeated(text(*REPEATED_TEXT))
+    searched = {OURS: text(*SEARCH_TEXT), ON_LONG: text(*twice.shape), ON_REPEATED: twice}
+    orders = {method: tuple(search.lazy_greedy(model, ids, n).order) for method, ids in searched.items()}
+    return orders | {"cosine": tuple(search.by_score(model, text(*SCORE_TEXT), n, metric="cosine").order)}
 
 
 def generated_values(

