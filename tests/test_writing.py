@@ -34,6 +34,7 @@ def tiny(tmp_path, monkeypatch):
         "RESULTS": tmp_path,
         "SCORED": (2, 40),
         "SEARCHED": (2, 12),
+        "REPEATED_TEXT": (2, 9),
         "FITTED": (8, 16),
         "PROMPTS": (3, 8),
         "NEW": 12,
@@ -59,7 +60,7 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
 
     def scored(model, tokenizer, tasks, sets, limit, repaired):
         asked.append(sets[0])
-        assert (repaired is None) == (len(asked) <= 7)
+        assert (repaired is None) == (len(asked) <= 9)
         right = [n < 7 - len(sets[0]) for n in range(limit)]
         items = [(sets[0], "sums", "sums", m, i, float(v)) for m in ("strict", "flexible") for i, v in enumerate(right)]
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
@@ -69,13 +70,15 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
     read = pd.read_csv(tiny / study.ANSWERS).fillna({"dropped": ""})
     pd.testing.assert_frame_equal(read, rows, rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
-    greedy = search.lazy_greedy(tiny_llama(), text_of("", "calibration", None, 2, 12), 3, "attention").order
+    once = text_of("", "calibration", None, 2, 9)
+    texts = (text_of("", "calibration", None, 2, 12), torch.cat([once, once[:, 1:]], 1))
+    orders = [search.lazy_greedy(tiny_llama(), ids, 3, "attention").order for ids in texts]
     expected = [()]
     for n in (2, 3):
         expected += [tuple(sorted(one_shot(scores, m, "attention", n))) for m in study.METRICS]
-        expected.append(tuple(sorted(greedy[:n])))
+        expected += [tuple(sorted(order[:n])) for order in orders]
     expected.append(expected[1])
-    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 8
+    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 10
     assert rows.metric.iloc[-1] == "cosine, repaired"
     fitted = repair(tiny_llama(), expected[1], text_of("", "calibration", None, 8, 16))
     for row, drop_set in zip(rows.iloc[::2].itertuples(), expected, strict=True):
@@ -92,7 +95,7 @@ def test_without_items_only_repetition_is_measured_of_every_method(tiny, monkeyp
     monkeypatch.setattr(study, "task_scores_by_set", None)
     ((file, table),) = study.measure_writing("tiny", "sums", 0, "float32").items()
     assert file == study.REPETITION and not (tiny / study.ANSWERS).exists()
-    methods = [*study.METRICS, *study.REPEATED, "lazy greedy"]
+    methods = [*study.METRICS, *study.CONTINUING, "lazy greedy"]
     assert [*zip(table.metric, table.n_dropped, strict=True)] == [
         ("dense", 0),
         *((method, n) for n in (2, 3) for method in methods),

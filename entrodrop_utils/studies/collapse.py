@@ -31,14 +31,13 @@ from ..tasks.local_tasks import NAMES as LOCAL_TASKS
 from ..tasks.retention import Retention, above_chance
 from ..text import repeated, windows
 from .methods import layers_text
-from .search_study import ON_REPEATED, OURS
+from .search_study import ON_REPEATED, OURS, REPEATED_TEXT
 from .writing import repeated_shares
 
 FILE = "collapse.csv"
 SHARES = (0.125, 0.25, 0.375)  # of the attention layers
 SEARCH_TEXT, SCORE_TEXT = (3, 32), (4, 128)  # as notebook 05: calibration windows and tokens of lazy greedy and of cosine
-REPEATED_TEXT = (2, 129)  # windows whose tokens lazy greedy reads twice; it also reads as much text that is not repeated
-ON_LONG = f"{OURS}, long text"
+ON_LONG = f"{OURS}, long text"  # as much text as is read twice
 HELD_OUT, PROMPT, NEW = (6, 64), 32, 48  # evaluation windows as notebook 05; tokens of a prompt, and that continue it
 DISTANCES, SEGMENT, WARM, RECALLED = (32, 128, 512), 32, 4, 12  # tokens; scored after WARM of the copy; windows of each distance
 PROMPTS = 12  # whose continuations are searched for repetition

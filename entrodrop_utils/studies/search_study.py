@@ -26,7 +26,7 @@ from .methods import KIND_NAMES, layers_text, losses_of
 
 Search = Callable[[PreTrainedModel, Int[Tensor, "window token"], int, str], SearchResult]
 OURS, GREEDY, EVOLUTION, RANDOM_DRAW = "lazy greedy", "greedy", "EvoPress", "random"
-ON_REPEATED = f"{OURS}, repeated text"
+ON_REPEATED, REPEATED_TEXT = f"{OURS}, repeated text", (2, 129)  # windows and tokens, which are read twice
 LEAST = 0.01  # nats: the least increase that a logarithmic axis shows
 POINT_COLOURS = {OURS: "#CC79A7", "cosine": COLOURS["cosine"], "bucket": COLOURS["bucket"], "knn": COLOURS["knn"]}
 

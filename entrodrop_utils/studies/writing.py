@@ -7,7 +7,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,15 +34,15 @@ from ..repairing import repair
 from ..selection import count_of, one_shot
 from ..statistics import interval_text, mean_interval, paired_difference, share_interval
 from ..tasks import task_scores_by_set
-from ..text import text_digest, windows
+from ..text import repeated, text_digest, windows
 from .methods import layers_text
-from .search_study import OURS, POINT_COLOURS
+from .search_study import ON_REPEATED, OURS, POINT_COLOURS, REPEATED_TEXT
 from .speed import device_name
 
 N_GRAM = 4  # tokens of the pieces whose repetition is counted
 FRACTIONS = (0.125, 0.25, 0.375)  # of the attention layers
 METRICS = ("cosine", "bucket")  # whose choices answer the task, as do those of lazy greedy; the first's smallest also repaired
-REPEATED = ("knn", "norm_ratio")  # whose choices only continue text
+CONTINUING = ("knn", "norm_ratio")  # whose choices only continue text
 SCORED, SEARCHED, FITTED = (24, 256), (3, 32), (20, 256)  # calibration windows of the scores, of lazy greedy, of the linear repair
 PROMPTS, NEW = (24, 64), 64  # prompts of evaluation text; tokens that continue them
 ANSWERS, REPETITION = "generation.csv", "repetition.csv"
@@ -104,22 +104,25 @@ def answer_rows(
 
 
 def attention_choices(
-    model: PreTrainedModel, scored: Int[Tensor, "window token"], searched: Int[Tensor, "few short"], fractions: Sequence[float]
+    model: PreTrainedModel,
+    scored: Int[Tensor, "window token"],
+    searched: Mapping[str, Int[Tensor, "_ _"]],
+    fractions: Sequence[float],
 ) -> dict[tuple[str, int], DropSet]:
     """(method, number) -> the attention layers that it drops; the dense model comes first, then small numbers.
 
     Args:
         scored: calibration text of the metrics, which choose in one shot.
-        searched: that of lazy greedy.
+        searched: that of lazy greedy, by the name of the method.
     """
-    metrics, n_layers = METRICS + REPEATED, len(search.candidates(model, "attention"))
+    metrics, n_layers = METRICS + CONTINUING, len(search.candidates(model, "attention"))
     counts = [count_of(fraction, n_layers) for fraction in fractions]
     scores = cached_score(model, scored, metrics, ["attention"])
-    order = search.lazy_greedy(model, searched, max(counts), "attention").order
+    orders = {method: search.lazy_greedy(model, ids, max(counts), "attention").order for method, ids in searched.items()}
     choices: dict[tuple[str, int], DropSet] = {("dense", 0): ()}
     for n in counts:
         choices |= {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for m in metrics}
-        choices[OURS, n] = tuple(sorted(order[:n]))
+        choices |= {(method, n): tuple(sorted(order[:n])) for method, order in orders.items()}
     return choices
 
 
@@ -136,8 +139,9 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
     """
     start = time.monotonic()
     model, tokenizer = load_model(name)
-    amounts = (SCORED, SEARCHED, FITTED)
-    scored, searched, fitted = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in amounts)
+    amounts = (SCORED, FITTED, SEARCHED, REPEATED_TEXT)
+    scored, fitted, short, once = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in amounts)
+    searched = {OURS: short, ON_REPEATED: repeated(once)}
     prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
     choices = attention_choices(model, scored, searched, FRACTIONS)
     fewest = next(key for key in choices if key[0] == METRICS[0])
@@ -148,7 +152,7 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
     del model  # a large one is in memory once
     model, _ = load_model(name, dtype=precision)
     about = {"precision": precision, "device": device_name(model.device)}
-    hashes = [text_digest(ids) for ids in (scored, searched, fitted, prompts)]
+    hashes = [text_digest(ids) for ids in (scored, fitted, *searched.values(), prompts)]
     dense = prompt_repetition(model, (), prompts)
 
     def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:
@@ -171,9 +175,9 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
         return pd.DataFrame(rows)
 
     few = ("dense", *METRICS, OURS, mended[0])
-    tables = {REPETITION: written(REPETITION, (*few, *REPEATED), repeating)}
+    tables = {REPETITION: written(REPETITION, (*few, *CONTINUING), repeating)}
     if items:
-        tables[ANSWERS] = written(ANSWERS, few, answering, task=task, items=items)
+        tables[ANSWERS] = written(ANSWERS, (*few, ON_REPEATED), answering, task=task, items=items)
     return tables
 
 
@@ -203,7 +207,7 @@ def draw_repetition(table: pd.DataFrame, title: str) -> Figure:
     shown = table[~table.metric.str.contains("repaired")]
     groups = dict(iter(shown.groupby("model", sort=False)))
     figure, axes = headed_panels(title, len(groups), 2.9, sharey=True)
-    methods, looks = [*METRICS, *REPEATED, OURS], COLOURS | POINT_COLOURS
+    methods, looks = [*METRICS, *CONTINUING, OURS], COLOURS | POINT_COLOURS
     for axis, (model, rows) in zip(axes, groups.items(), strict=True):
         dense = rows[rows.metric == "dense"].iloc[0]
         axis.axhspan(dense.low, dense.high, color=GREY, alpha=0.18, linewidth=0)
