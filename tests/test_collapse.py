@@ -154,3 +154,14 @@ def test_the_sentence_is_of_the_number_where_the_likelihood_falls_below_half():
     })  # fmt: skip
     (line,) = study.collapse_sentences(table)
     assert line.index("recall over 128 tokens 0.10 [0.00, 0.20]") < line.index("likelihood 0.40") and ", 8 of 30 " in line
+
+
+def test_recall_by_model_takes_the_number_nearest_to_the_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for name, values in {"a": [(1, 1, 1), (0.5, 0.4, 0.6), (0.2, 0.1, 0.3)], "b": [(1, 1, 1), (0.9, 0.8, 1.0)]}.items():
+        (tmp_path / name).mkdir()
+        numbers({"recall": values + values[-1:] * (3 - len(values))}).to_csv(tmp_path / name / study.FILE, index=False)
+    shown = study.recall_by_model(["a", "none", "b"], 0.25)
+    assert shown.index.tolist() == [("a", 8, "lazy greedy"), ("b", 8, "lazy greedy")]
+    assert shown["recall"].tolist() == ["0.20 [0.10, 0.30]", "0.90 [0.80, 1.00]"]
+    assert study.recall_by_model(["none"], 0.25).empty

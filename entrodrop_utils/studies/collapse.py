@@ -25,7 +25,7 @@ from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
 from ..progress import progress
 from ..selection import count_of
-from ..statistics import Interval, half_sampling, paired_difference
+from ..statistics import Interval, half_sampling, interval_text, paired_difference
 from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import NAMES as LOCAL_TASKS
 from ..tasks.retention import Retention, above_chance
@@ -182,6 +182,22 @@ def committed_collapse(name: str) -> pd.DataFrame | None:
     """The committed table of a model; None where it has not been measured."""
     path = RESULTS / slug(name) / FILE
     return pd.read_csv(path) if path.exists() else None
+
+
+def recall_by_model(names: Iterable[str], share: float) -> pd.DataFrame:
+    """What every method keeps of each model's abilities, as text, at the number nearest to a share of the attention layers."""
+    tables = []
+    for name in names:
+        if (table := committed_collapse(name)) is not None:
+            pruned = table[table.n_dropped > 0]
+            distance = (pruned.n_dropped / pruned.n_layers - share).abs()
+            tables.append(pruned[distance == distance.min()].assign(model=name))
+    if not tables:
+        return pd.DataFrame()
+    table = pd.concat(tables).assign(kept=lambda rows: interval_text(rows, ["kept", "low", "high"]))
+    return table.pivot_table("kept", ["model", "n_dropped", "method"], "ability", aggfunc="first", sort=False).rename_axis(
+        columns=None
+    )
 
 
 def collapse_sentences(table: pd.DataFrame) -> list[str]:
