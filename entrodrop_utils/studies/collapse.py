@@ -87,7 +87,7 @@ def recalled_shares(
 
 def kept(values: Float[np.ndarray, " unit"], dense: Float[np.ndarray, " unit"]) -> Interval:
     """The mean of values as a share of the dense mean on the same units, with its interval; nan where the latter is zero."""
-    return half_sampling(lambda pruned, whole: float(pruned / whole) if whole else np.nan, values, dense)
+    return half_sampling(lambda pruned, whole: float(pruned / whole) if whole else np.nan, values, dense).within(0.0, np.inf)
 
 
 def attention_orders(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, DropSet]:
@@ -195,9 +195,8 @@ def recall_by_model(names: Iterable[str], share: float) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame()
     table = pd.concat(tables).assign(kept=lambda rows: interval_text(rows, ["kept", "low", "high"]))
-    return table.pivot_table("kept", ["model", "n_dropped", "method"], "ability", aggfunc="first", sort=False).rename_axis(
-        columns=None
-    )
+    rows = ["model", "n_dropped", "method"]
+    return table.pivot_table("kept", rows, "ability", aggfunc="first", sort=False).rename_axis(columns=None)
 
 
 def collapse_sentences(table: pd.DataFrame) -> list[str]:
