@@ -140,7 +140,7 @@ def test_every_ability_is_that_of_the_pruned_model(collapsed):
 
 def numbers(kept: dict[str, list[tuple]]) -> pd.DataFrame:
     rows = [
-        ("lazy greedy", n, 30, ability, *values) for ability, of in kept.items() for n, values in zip((0, 4, 8), of, strict=True)
+        ("lazy greedy", n, 30, ability, *values) for ability, of in kept.items() for n, values in zip((0, 4, 8), of, strict=False)
     ]
     return pd.DataFrame(rows, columns=["method", "n_dropped", "n_layers", "ability", "kept", "low", "high"])
 
@@ -156,12 +156,22 @@ def test_the_sentence_is_of_the_number_where_the_likelihood_falls_below_half():
     assert line.index("recall over 128 tokens 0.10 [0.00, 0.20]") < line.index("likelihood 0.40") and ", 8 of 30 " in line
 
 
-def test_recall_by_model_takes_the_number_nearest_to_the_share(tmp_path, monkeypatch):
+def test_models_are_compared_at_the_number_nearest_to_the_share(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     for name, values in {"a": [(1, 1, 1), (0.5, 0.4, 0.6), (0.2, 0.1, 0.3)], "b": [(1, 1, 1), (0.9, 0.8, 1.0)]}.items():
         (tmp_path / name).mkdir()
         numbers({"recall": values + values[-1:] * (3 - len(values))}).to_csv(tmp_path / name / study.FILE, index=False)
-    shown = study.recall_by_model(["a", "none", "b"], 0.25)
+    shown = study.recall_table(study.committed_near(["a", "none", "b"], 0.25))
     assert shown.index.tolist() == [("a", 8, "lazy greedy"), ("b", 8, "lazy greedy")]
     assert shown["recall"].tolist() == ["0.20 [0.10, 0.30]", "0.90 [0.80, 1.00]"]
-    assert study.recall_by_model(["none"], 0.25).empty
+    assert study.committed_near(["none"], 0.25).empty
+
+
+@pytest.mark.parametrize(("repeated", "counts"), [((0.7, 0.6, 0.8), (1, 0)), ((0.4, 0.3, 0.6), (0, 0)), ((0.1, 0.0, 0.2), (0, 1))])
+def test_recall_is_more_or_less_where_the_intervals_do_not_overlap(repeated, counts):
+    tables = [
+        numbers({"recall": [(0.4, 0.3, 0.5)]}).assign(model="a"),
+        numbers({"recall": [repeated]}).assign(model="a", method="lazy greedy, repeated text"),
+    ]
+    sentence = study.recall_sentence(pd.concat(tables), "recall")
+    assert f"in {counts[0]} of 1 models, and less in {counts[1]} " in sentence

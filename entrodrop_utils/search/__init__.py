@@ -1,8 +1,8 @@
 """Which sub-blocks to drop, by search: a small function for each published method, and the one that the README recommends.
 
 Each returns a ``SearchResult``: the sub-blocks, first dropped first, with the forward passes and tokens spent. ``lazy_greedy`` is
-the recommended one; the others are what it is compared with. On windows of ``text.repeated`` it spares the attention layers that copy
-from the context, which the loss on plain text hardly shows.
+the recommended one; the others are what it is compared with. On windows of ``text.repeated`` it spares attention layers that copy
+from the context, which the loss on short windows hardly shows.
 
 >>> from entrodrop_utils import search
 >>> ranking = search.lazy_greedy(model, windows, 2)

@@ -184,19 +184,34 @@ def committed_collapse(name: str) -> pd.DataFrame | None:
     return pd.read_csv(path) if path.exists() else None
 
 
-def recall_by_model(names: Iterable[str], share: float) -> pd.DataFrame:
-    """What every method keeps of each model's abilities, as text, at the number nearest to a share of the attention layers."""
+def committed_near(names: Iterable[str], share: float) -> pd.DataFrame:
+    """The committed tables of some models at the number nearest to a share of the attention layers, with a column model."""
     tables = []
     for name in names:
         if (table := committed_collapse(name)) is not None:
             pruned = table[table.n_dropped > 0]
             distance = (pruned.n_dropped / pruned.n_layers - share).abs()
             tables.append(pruned[distance == distance.min()].assign(model=name))
-    if not tables:
-        return pd.DataFrame()
-    table = pd.concat(tables).assign(kept=lambda rows: interval_text(rows, ["kept", "low", "high"]))
+    columns = ["method", "n_dropped", "n_layers", "ability", "kept", "low", "high", "model"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+
+
+def recall_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What every method keeps of each model's abilities, as text, from ``committed_near``."""
+    table = table.assign(kept=interval_text(table, ["kept", "low", "high"]))
     rows = ["model", "n_dropped", "method"]
     return table.pivot_table("kept", rows, "ability", aggfunc="first", sort=False).rename_axis(columns=None)
+
+
+def recall_sentence(table: pd.DataFrame, ability: str = "recall over 128 tokens") -> str:
+    """In how many models of ``committed_near`` a search on repeated text keeps more of an ability, and in how many less."""
+    by_method = table[table.ability == ability].set_index("model")
+    twice, short = (by_method[by_method.method == method] for method in (ON_REPEATED, OURS))
+    more, less = (twice.low > short.high).sum(), (twice.high < short.low).sum()
+    return (
+        f"Lazy greedy on repeated text keeps more {ability} than on short windows in {more} of {len(twice)} models, and less in "
+        f"{less} (intervals that do not overlap)."
+    )
 
 
 def collapse_sentences(table: pd.DataFrame) -> list[str]:
