@@ -60,26 +60,28 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
 
     def scored(model, tokenizer, tasks, sets, limit, repaired):
         asked.append(sets[0])
-        assert (repaired is None) == (len(asked) <= 9)
+        assert (repaired is None) == (len(asked) <= 11)
         right = [n < 7 - len(sets[0]) for n in range(limit)]
         items = [(sets[0], "sums", "sums", m, i, float(v)) for m in ("strict", "flexible") for i, v in enumerate(right)]
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
 
     monkeypatch.setattr(study, "task_scores_by_set", scored)
-    rows = study.measure_writing("tiny", "sums", 10, "float32")[study.ANSWERS]
+    rows = study.measure_writing("tiny", "sums", 10, "float32", "a/sums.txt")[study.ANSWERS]
     read = pd.read_csv(tiny / study.ANSWERS).fillna({"dropped": ""})
     pd.testing.assert_frame_equal(read, rows, rtol=1e-4, check_dtype=False)
     scores = cached_score(tiny_llama(), text_of("", "calibration", None, 2, 40), study.METRICS, ["attention"])
     once = text_of("", "calibration", None, 2, 9)
-    texts = (text_of("", "calibration", None, 2, 12), torch.cat([once, once[:, 1:]], 1))
+    texts = [text_of("", "calibration", None, *shape) for shape in ((2, 12), (2, 17))]
+    texts.insert(1, torch.cat([once, once[:, 1:]], 1))
     orders = [search.lazy_greedy(tiny_llama(), ids, 3, "attention").order for ids in texts]
     expected = [()]
     for n in (2, 3):
         expected += [tuple(sorted(one_shot(scores, m, "attention", n))) for m in study.METRICS]
         expected += [tuple(sorted(order[:n])) for order in orders]
     expected.append(expected[1])
-    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 10
-    assert rows.metric.iloc[-1] == "cosine, repaired"
+    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 12
+    assert rows.metric.iloc[-1] == "cosine, repaired" and rows.metric.iloc[10] == "lazy greedy, sums"
+    assert json.loads((tiny / "generation_run.json").read_text())["search text"] == "sums.txt"
     fitted = repair(tiny_llama(), expected[1], text_of("", "calibration", None, 8, 16))
     for row, drop_set in zip(rows.iloc[::2].itertuples(), expected, strict=True):
         assert row.n_dropped == len(drop_set) and row.value == (7 - len(drop_set)) / 10

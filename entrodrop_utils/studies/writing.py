@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -126,12 +127,13 @@ def attention_choices(
     return choices
 
 
-def measure_writing(name: str, task: str, items: int, precision: str) -> dict[str, pd.DataFrame]:
+def measure_writing(name: str, task: str, items: int, precision: str, text: str = "") -> dict[str, pd.DataFrame]:
     """Measure a model, and write each table as it grows; file -> table.
 
     Args:
         items: of the task; with 0 only repetition is measured.
         precision: of the weights while the model writes.
+        text: on which lazy greedy searches too before the model answers, such as a file of the task's training part.
     Returns:
         metric (or method), n_dropped, n_layers, dropped (layers), precision, device. Of answers what ``answer_rows`` returns. Of
         repetition the mean share over prompts and its interval (repeated, low, high), that less the dense model's (more, more_low,
@@ -142,6 +144,8 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
     amounts = (SCORED, FITTED, SEARCHED, REPEATED_TEXT)
     scored, fitted, short, once = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in amounts)
     searched = {OURS: short, ON_REPEATED: repeated(once)}
+    if text:
+        searched[f"{OURS}, {Path(text).stem}"] = windows(text, "calibration", tokenizer, *searched[ON_REPEATED].shape)
     prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
     choices = attention_choices(model, scored, searched, FRACTIONS)
     fewest = next(key for key in choices if key[0] == METRICS[0])
@@ -177,7 +181,8 @@ def measure_writing(name: str, task: str, items: int, precision: str) -> dict[st
     few = ("dense", *METRICS, OURS, mended[0])
     tables = {REPETITION: written(REPETITION, (*few, *CONTINUING), repeating)}
     if items:
-        tables[ANSWERS] = written(ANSWERS, (*few, ON_REPEATED), answering, task=task, items=items)
+        asked = {"task": task, "items": items} | ({"search text": Path(text).name} if text else {})
+        tables[ANSWERS] = written(ANSWERS, (*few, *searched), answering, **asked)
     return tables
 
 
@@ -265,9 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
     parser.add_argument("--task", default="gsm8k", help="of lm-evaluation-harness")
     parser.add_argument("--items", type=int, default=100, help="of the task; 0 measures only repetition")
+    parser.add_argument("--text", default="", help="on which lazy greedy searches too, such as the task's training part")
     parser.add_argument("--precision", default="bfloat16", help="of the weights while the model writes: float32 or bfloat16")
     chosen = parser.parse_args(arguments)
-    for table in measure_writing(chosen.model, chosen.task, chosen.items, chosen.precision).values():
+    for table in measure_writing(chosen.model, chosen.task, chosen.items, chosen.precision, chosen.text).values():
         print(table.round(3).to_string(index=False))
     return 0
 
