@@ -140,7 +140,7 @@ def test_every_ability_is_that_of_the_pruned_model(collapsed):
 
 def numbers(kept: dict[str, list[tuple]]) -> pd.DataFrame:
     rows = [
-        ("lazy greedy", n, 30, ability, *values) for ability, of in kept.items() for n, values in zip((0, 4, 8), of, strict=False)
+        ("lazy greedy", n, 30, ability, *values) for ability, of in kept.items() for n, values in zip((0, 4, 8), of, strict=True)
     ]
     return pd.DataFrame(rows, columns=["method", "n_dropped", "n_layers", "ability", "kept", "low", "high"])
 
@@ -169,9 +169,7 @@ def test_models_are_compared_at_the_number_nearest_to_the_share(tmp_path, monkey
 
 @pytest.mark.parametrize(("repeated", "counts"), [((0.7, 0.6, 0.8), (1, 0)), ((0.4, 0.3, 0.6), (0, 0)), ((0.1, 0.0, 0.2), (0, 1))])
 def test_recall_is_more_or_less_where_the_intervals_do_not_overlap(repeated, counts):
-    tables = [
-        numbers({"recall": [(0.4, 0.3, 0.5)]}).assign(model="a"),
-        numbers({"recall": [repeated]}).assign(model="a", method="lazy greedy, repeated text"),
-    ]
-    sentence = study.recall_sentence(pd.concat(tables), "recall")
+    at_each = {"lazy greedy": (0.4, 0.3, 0.5), "lazy greedy, repeated text": repeated}
+    table = pd.concat([numbers({"recall": [values] * 3}).assign(model="a", method=method) for method, values in at_each.items()])
+    sentence = study.recall_sentence(table[table.n_dropped == 8], "recall")
     assert f"in {counts[0]} of 1 models, and less in {counts[1]} " in sentence

@@ -112,6 +112,7 @@ def test_without_items_only_repetition_is_measured_of_every_method(tiny, monkeyp
         assert (row.more_low, row.more_high) == pytest.approx((of_prompts.low, of_prompts.high), nan_ok=True)
     record = json.loads((tiny / "repetition_run.json").read_text())
     assert "task" not in record and text_digest(text_of("", "evaluation", None, 3, 8)) in record["texts"]
+    assert len(record["texts"]) == 4  # nothing is searched that only answers need
     both = pd.concat([table.assign(model=model) for model in ("a", "b")])
     left, right = study.draw_repetition(both, "A title").axes
     for axis in (left, right):

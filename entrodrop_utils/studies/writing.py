@@ -143,9 +143,11 @@ def measure_writing(name: str, task: str, items: int, precision: str, text: str 
     model, tokenizer = load_model(name)
     amounts = (SCORED, FITTED, SEARCHED, REPEATED_TEXT)
     scored, fitted, short, once = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in amounts)
-    searched = {OURS: short, ON_REPEATED: repeated(once)}
-    if text:
-        searched[f"{OURS}, {Path(text).stem}"] = windows(text, "calibration", tokenizer, *searched[ON_REPEATED].shape)
+    searched, twice = {OURS: short}, repeated(once)
+    if items:  # only answers compare the texts of the search
+        searched[ON_REPEATED] = twice
+        if text:
+            searched[f"{OURS}, {Path(text).stem}"] = windows(text, "calibration", tokenizer, *twice.shape)
     prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
     choices = attention_choices(model, scored, searched, FRACTIONS)
     fewest = next(key for key in choices if key[0] == METRICS[0])
