@@ -1,5 +1,7 @@
 """What collapses first: recall of models for which it is known, and the table against plain values."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from entrodrop_utils import search
 from entrodrop_utils.dropping import dropped
 from entrodrop_utils.studies import collapse as study
+from entrodrop_utils.text import repeated, text_digest
 
 
 def random_tokens(n: int, tokens: int, seed: int = 0) -> torch.Tensor:
@@ -103,11 +106,12 @@ def collapsed(tmp_path_factory):
             study.collapse("tiny", (0.2, 0.5), (32, 60), 3),
             study.committed_collapse("tiny"),
             study.committed_collapse("another"),
+            json.loads((folder / "tiny" / "collapse_run.json").read_text()),
         )
 
 
 def test_every_ability_is_that_of_the_pruned_model(collapsed):
-    table, read, missing = collapsed
+    table, read, missing, _ = collapsed
     pd.testing.assert_frame_equal(read.fillna(""), table.fillna(""), rtol=1e-4, atol=1e-6, check_dtype=False)
     assert missing is None and set(table.n_dropped) == {0, 1, 3} and len(table) == 4 * 3 * 5
     model, held_out = tiny_llama(), text_of("docs", "evaluation", None, 5, 20)
@@ -136,6 +140,15 @@ def test_every_ability_is_that_of_the_pruned_model(collapsed):
     assert (ended.low <= ended.kept).all() and (ended.kept <= ended.high).all()
     whole = table[table.n_dropped == 0]
     assert whole[whole.value > 0].kept.tolist() == pytest.approx([1.0] * (whole.value > 0).sum())
+
+
+def test_the_record_names_every_text_that_was_read(collapsed):
+    *_, record = collapsed
+    longest = text_of("random", "evaluation", None, 4, 1 + 60 + study.SEGMENT)
+    texts = [text_of("docs", "calibration", None, 2, tokens) for tokens in (12, 17, 30)]
+    texts += [repeated(text_of("docs", "calibration", None, 2, 9)), *(study.recall_windows(longest, d) for d in (32, 60))]
+    texts += [text_of("docs", "evaluation", None, 3, 8), text_of("docs", "evaluation", None, 5, 20)]
+    assert record["texts"] == sorted(text_digest(ids) for ids in texts) and record["shares dropped"] == [0.2, 0.5]
 
 
 def numbers(kept: dict[str, list[tuple]]) -> pd.DataFrame:

@@ -1,11 +1,12 @@
 """What collapses first as attention layers are dropped: likelihood, accuracy on tasks, varied text, or recall over a distance.
 
-``python -m entrodrop_utils.studies.collapse MODEL`` writes ``data/results/MODEL/collapse.csv`` after every pruned model; notebook
-05 shows it. What was measured is kept in the cache, so a run that was stopped continues.
+``python -m entrodrop_utils.studies.collapse MODEL`` writes ``data/results/MODEL/collapse.csv`` after every pruned model, and beside
+it what was run; notebook 05 shows it. What was measured is kept in the cache, so a run that was stopped continues.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -18,18 +19,18 @@ from .. import cache, search
 from ..dropping import dropped
 from ..evaluation import losses_by_set
 from ..families.self_check import measuring
-from ..files import write_table
 from ..layerwise import DropSet, set_name
 from ..models import load_model
 from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
 from ..progress import progress
+from ..record import run_record, write_recorded
 from ..selection import count_of
 from ..statistics import Interval, half_sampling, interval_text, paired_difference
 from ..tasks import task_scores_by_set
 from ..tasks.local_tasks import NAMES as LOCAL_TASKS
 from ..tasks.retention import Retention, above_chance
-from ..text import repeated, windows
+from ..text import repeated, text_digest, windows
 from .methods import layers_text
 from .search_study import ON_REPEATED, OURS, REPEATED_TEXT
 from .writing import repeated_shares
@@ -90,16 +91,21 @@ def kept(values: Float[np.ndarray, " unit"], dense: Float[np.ndarray, " unit"]) 
     return half_sampling(lambda pruned, whole: float(pruned / whole) if whole else np.nan, values, dense).within(0.0, np.inf)
 
 
-def attention_orders(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int) -> dict[str, DropSet]:
-    """The ``n`` attention layers of lazy greedy on three texts and of cosine, first dropped first."""
+def calibration_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Int[Tensor, "_ _"]]:
+    """The calibration windows of each method: lazy greedy on three texts, and cosine."""
 
     def text(n_windows: int, n_tokens: int) -> Int[Tensor, "_ _"]:
         return windows(DEFAULT_TEXT, "calibration", tokenizer, n_windows, n_tokens)
 
     twice = repeated(text(*REPEATED_TEXT))
-    searched = {OURS: text(*SEARCH_TEXT), ON_LONG: text(*twice.shape), ON_REPEATED: twice}
-    orders = {method: tuple(search.lazy_greedy(model, ids, n).order) for method, ids in searched.items()}
-    return orders | {"cosine": tuple(search.by_score(model, text(*SCORE_TEXT), n, metric="cosine").order)}
+    return {OURS: text(*SEARCH_TEXT), ON_LONG: text(*twice.shape), ON_REPEATED: twice, "cosine": text(*SCORE_TEXT)}
+
+
+def attention_orders(model: PreTrainedModel, texts: Mapping[str, Int[Tensor, "_ _"]], n: int) -> dict[str, DropSet]:
+    """The ``n`` attention layers that each method drops on its text, first dropped first."""
+    orders = {method: search.lazy_greedy(model, ids, n).order for method, ids in texts.items() if method != "cosine"}
+    orders["cosine"] = search.by_score(model, texts["cosine"], n, metric="cosine").order
+    return {method: tuple(order) for method, order in orders.items()}
 
 
 def generated_values(
@@ -131,7 +137,7 @@ def collapse(
     prompts: int = PROMPTS,
     tasks: Sequence[str] = TASKS,
 ) -> pd.DataFrame:
-    """Measure a model and write the table as it grows.
+    """Measure a model, and write the table as it grows and beside it what was run.
 
     Args:
         shares: of the attention layers, that are dropped.
@@ -143,10 +149,12 @@ def collapse(
         of the dense model's value that is kept, with its interval over units: exp of minus the loss increase for the likelihood,
         above chance for the accuracy on tasks).
     """
+    start = time.monotonic()
     model, tokenizer = load_model(name)
     n_layers = len(search.candidates(model, "attention"))
     counts = sorted({count_of(share, n_layers) for share in shares})
-    orders = attention_orders(model, tokenizer, counts[-1])
+    calibration = calibration_texts(tokenizer)
+    orders = attention_orders(model, calibration, counts[-1])
     sets = {(method, n): tuple(sorted(order[:n])) for n in (0, *counts) for method, order in orders.items()}
     longest = windows("random", "evaluation", tokenizer, RECALLED, 1 + max(distances) + SEGMENT)
     texts = {f"recall over {distance} tokens": recall_windows(longest, distance) for distance in distances}
@@ -154,6 +162,9 @@ def collapse(
         texts[VARIED] = windows(DEFAULT_TEXT, "evaluation", tokenizer, prompts, PROMPT)
     held_out = windows(DEFAULT_TEXT, "evaluation", tokenizer, *HELD_OUT)
     key = cache.subkey(cache.model_key(model, "studies.collapse"), *map(cache.tensor_digest, texts.values()))
+    hashes = [text_digest(ids) for ids in (*calibration.values(), *texts.values(), held_out)]
+    settings = {"model": name, "text": DEFAULT_TEXT, "shares dropped": shares, "distances": distances, "prompts": prompts}
+    settings |= {"tasks": tasks, "items": ITEMS if tasks else 0}
     dense, of_set = generated_values(model, (), texts, key), {}
     for drop_set in progress(dict.fromkeys(sets.values()), "pruned models"):
         losses = {s: rows.nll.to_numpy() for s, rows in losses_by_set(model, held_out, [(), drop_set]).groupby("set")}
@@ -174,7 +185,7 @@ def collapse(
                 about = {"method": method, "n_dropped": n, "n_layers": n_layers, "dropped": layers}
                 parts.append(of_set[chosen].assign(**about)[[*about, *of_set[chosen].columns]])
         table = pd.concat(parts, ignore_index=True)
-        write_table(RESULTS / slug(name) / FILE, table)
+        write_recorded(RESULTS / slug(name) / FILE, table, run_record(settings, name, hashes, time.monotonic() - start))
     return table
 
 
