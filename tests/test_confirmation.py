@@ -65,6 +65,22 @@ def test_every_choice_is_its_searchs_and_its_difference_that_of_plain_losses(con
     assert {*table[table.kind == "attention"].method} - {*table[table.kind == "mlp"].method} == {"EvoPress"}
 
 
+@pytest.mark.parametrize("shares", ["attention", "attention=", "attention=0", "attention=1.5", "attention=few", "heads=0.5", ""])
+def test_shares_that_cannot_be_dropped_are_refused(capsys, shares):
+    with pytest.raises(SystemExit):
+        study.main(["tiny", "--shares", shares])
+    assert f"{shares!r} is no kind of attention, mlp, block with shares between 0 and 1" in capsys.readouterr().err
+
+
+def test_the_command_measures_the_shares_that_it_was_given(monkeypatch, confirmed):
+    given = []
+    monkeypatch.setattr(study, "confirm", lambda *arguments: given.append(arguments) or confirmed[0])
+    study.main(["tiny", "--text", "a file", "--evolved", "mlp", "--shares", "attention=0.5,0.25", "mlp=0.34", "--windows", "4"])
+    study.main(["tiny"])
+    assert given[0] == ("tiny", "a file", "", 2, ["mlp"], {"attention": (0.5, 0.25), "mlp": (0.34,)}, 4)
+    assert given[1] == ("tiny", "docs", "", 2, [], study.SHARES, study.HELD_OUT_TEXT[0])
+
+
 def test_what_was_written_is_read_as_another_text_of_the_model(confirmed):
     table, read = confirmed
     assert {*zip(read.model, read.text, strict=True)} == {("tiny", "c4")}

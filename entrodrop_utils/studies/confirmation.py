@@ -43,6 +43,7 @@ FILE = "07_confirmation.csv"
 SIZE = "confirm"
 SHARES = {"attention": (0.375, 0.25, 0.125), "mlp": (0.25,)}  # kind -> shares dropped, the most first
 SEARCH_TEXT, SCORE_TEXT, HELD_OUT_TEXT = (3, 32), (8, 128), (6, 64)  # windows and tokens, the amounts of notebook 07
+SHARES_HELP = "dropped of each kind, the most first, such as attention=0.375,0.25 mlp=0.25"
 SECOND_DOMAIN = "english"
 SCORES = resolve(("bucket", "knn", "cosine", "norm_ratio"))
 RIVALS = ("single drops", EVOLUTION, "norm_ratio", "cosine", "bucket", "knn")
@@ -225,6 +226,27 @@ def confirmation_sentences(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def shares_argument(text: str) -> tuple[str, tuple[float, ...]]:
+    """A kind and its shares dropped, from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown kind, or shares that are not numbers above 0 and below 1.
+
+    >>> shares_argument("attention=0.375,0.25")
+    ('attention', (0.375, 0.25))
+    """
+    kind, _, listed = text.partition("=")
+    try:
+        shares = tuple(map(float, listed.split(",")))
+    except ValueError:
+        shares = ()
+    if kind not in KIND_NAMES or not shares or not all(0 < share < 1 for share in shares):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no kind of {', '.join(KIND_NAMES)} with shares between 0 and 1, such as attention=0.375,0.25"
+        )
+    return kind, shares
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Confirm the recommended search on a model and a text, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.confirmation", description=main.__doc__)
@@ -233,9 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--label", default="", help="what the results call the text")
     parser.add_argument("--draws", type=int, default=2, help="draws of calibration text")
     parser.add_argument("--evolved", nargs="*", default=[], choices=[*KIND_NAMES], help="kinds on which EvoPress runs too")
+    parser.add_argument("--shares", nargs="*", type=shares_argument, default=[*SHARES.items()], help=SHARES_HELP)
     parser.add_argument("--windows", type=int, default=HELD_OUT_TEXT[0], help="held-out windows of each domain")
     chosen = parser.parse_args(arguments)
-    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved, held_out_windows=chosen.windows)
+    shares = dict(chosen.shares)
+    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved, shares, chosen.windows)
     print(table[table.method != RANDOM_DRAW].drop(columns="dropped").round(3).to_string(index=False))
     return 0
 

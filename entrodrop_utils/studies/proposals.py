@@ -24,7 +24,7 @@ from ..search import SearchResult
 from ..selection import count_of
 from ..statistics import interval_text
 from ..text import text_digest
-from .confirmation import SCORES, SHARES, SIZE, study_settings, study_texts
+from .confirmation import SCORES, SHARES, SHARES_HELP, SIZE, shares_argument, study_settings, study_texts
 from .search_study import GREEDY, OURS, Search, against_ours, judged, rankings
 
 FILE = "07_proposals.csv"
@@ -131,9 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.proposals", description=main.__doc__)
     parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="as for load_model, a registered name")
     parser.add_argument("--draws", type=int, default=3, help="draws of calibration text")
-    parser.add_argument("--kinds", nargs="*", default=[*SHARES], choices=[*SHARES], help="kinds of sub-blocks")
+    parser.add_argument("--shares", nargs="*", type=shares_argument, default=[*SHARES.items()], help=SHARES_HELP)
     chosen = parser.parse_args(arguments)
-    table = proposals(chosen.name, chosen.draws, {kind: SHARES[kind] for kind in chosen.kinds})
+    table = proposals(chosen.name, chosen.draws, dict(chosen.shares))
     print(table.round(3).to_string(index=False))
     return 0
 
