@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -76,10 +76,20 @@ def _batches(windows: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Reference:
-    """The dense model's predictions for one batch, with which a pruned model's logits are compared."""
+    """The dense model's predictions for one batch, with which a pruned model's logits are compared.
 
-    def __init__(self, ids: Int[Tensor, "batch token"], dense: Float[Tensor, "batch token vocab"]):
+    Args:
+        counted: the tokens whose prediction counts; None for all.
+    """
+
+    def __init__(
+        self,
+        ids: Int[Tensor, "batch token"],
+        dense: Float[Tensor, "batch token vocab"],
+        counted: Bool[Tensor, "batch token"] | None = None,
+    ):
         self.targets = ids[:, 1:, None]
+        self.counted = None if counted is None else counted[:, 1:].to(ids.device)
         log_p = dense[:, :-1].float().log_softmax(-1)
         self.p = log_p.exp()
         self.negentropy = torch.linalg.vecdot(self.p, log_p)
@@ -87,7 +97,7 @@ class _Reference:
         self.total = torch.linalg.vecdot(self.p, torch.ones_like(self.p))
 
     def compare(self, logits: Float[Tensor, "batch token vocab"]) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """Mean next-token loss and mean KL(dense || pruned) of each window."""
+        """Mean next-token loss and mean KL(dense || pruned) of each window, over the tokens that count."""
         log_normaliser, expected = torch.empty_like(self.total), torch.empty_like(self.total)
         memory = self.p.new_empty(ROWS, self.p.shape[-1])
         for window, rows in enumerate(logits[:, :-1]):
@@ -99,7 +109,10 @@ class _Reference:
                 expected[window, part] = torch.mul(self.p[window, part], values, out=own).sum(-1)
         nll = log_normaliser - logits[:, :-1].gather(-1, self.targets).squeeze(-1).float()
         kl = self.negentropy - expected + log_normaliser * self.total
-        return nll.mean(-1), kl.mean(-1)
+        if self.counted is None:
+            return nll.mean(-1), kl.mean(-1)
+        count = self.counted.sum(-1)
+        return (nll * self.counted).sum(-1) / count, (kl * self.counted).sum(-1) / count
 
 
 @measuring
@@ -192,19 +205,32 @@ class IncrementalLosses:
 
     Args:
         max_bytes: of the states inside pruned models.
+        counted: the tokens whose prediction counts, at least one after the first in each window; None for all.
+    Raises:
+        ValueError: windows of fewer than two tokens, or one in which no token counts.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"], max_bytes: int = MAX_BYTES):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Int[Tensor, "window token"],
+        max_bytes: int = MAX_BYTES,
+        counted: Bool[Tensor, "window token"] | None = None,
+    ):
         _check_windows(model, windows)
+        if counted is not None and not (enough := counted[:, 1:].any(1)).all():
+            raise ValueError(f"in window {int(enough.int().argmin())} of {len(windows)} no token counts: take longer windows")
         self.model, self.states, self.max_bytes = model, {}, max_bytes
         with evaluation_mode(model):
-            batches = progress(_batches(windows), "the dense model")
-            self.forwards = [LayerwiseForward(model, ids.to(model.device)) for ids in batches]
+            batches = _batches(windows)
+            self.forwards = [LayerwiseForward(model, ids.to(model.device)) for ids in progress(batches, "the dense model")]
             self.references, values = [], []
-            for forward in self.forwards:  # one batch of logits at a time: they are as large as the predictions that stay
+            parts = [None] * len(batches) if counted is None else _batches(counted)
+            # One batch of logits at a time: they are as large as the predictions that stay
+            for forward, part in zip(self.forwards, parts, strict=True):
                 logits = forward.logits(forward.last)
-                self.references.append(_Reference(forward.ids, logits))
+                self.references.append(_Reference(forward.ids, logits, part))
                 values.append(self.references[-1].compare(logits))
             self.results = {(): self._estimates(values)}
 

@@ -41,23 +41,24 @@ def text():
 
 
 @torch.no_grad()
-def plain_cost(model, windows, sub_blocks, measure: str) -> float:
-    """Of one set, by whole forward passes in float64."""
+def plain_cost(model, windows, sub_blocks, measure: str, counted=None) -> float:
+    """Of one set, by whole forward passes in float64: the mean over windows of that over the tokens that count."""
     log_p = model(windows).logits.double().log_softmax(-1)[:, :-1]
     with dropped(model, sub_blocks):
         log_q = model(windows).logits.double().log_softmax(-1)[:, :-1]
-    if measure == "kl":
-        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     targets = windows[:, 1:, None]
-    return float((log_p.gather(-1, targets) - log_q.gather(-1, targets)).mean())
+    kl, nll = (log_p.exp() * (log_p - log_q)).sum(-1), (log_p.gather(-1, targets) - log_q.gather(-1, targets)).squeeze(-1)
+    costs = kl if measure == "kl" else nll
+    counted = torch.ones_like(windows, dtype=torch.bool) if counted is None else counted
+    return float(np.mean([float(cost[of[1:]].mean()) for cost, of in zip(costs, counted, strict=True)]))
 
 
-def plain_greedy(model, windows, n: int, kinds, measure: str) -> list[SubBlock]:
+def plain_greedy(model, windows, n: int, kinds, measure: str, counted=None) -> list[SubBlock]:
     """SLEB and BlockPruner as one would write them down: a double loop."""
     gone: list[SubBlock] = []
     left = [s for kind in kinds for s in find(model, kind)]
     for _ in range(n):
-        costs = {s: plain_cost(model, windows, [*gone, s], measure) for s in left}
+        costs = {s: plain_cost(model, windows, [*gone, s], measure, counted) for s in left}
         gone.append(min(costs, key=costs.get))
         left.remove(gone[-1])
     return gone
@@ -147,6 +148,33 @@ def test_costs_and_passes_are_those_of_whole_models(big, text):
     spent = costs.passes
     costs(sets)
     assert costs.passes == spent and costs.tokens == spent * 16 and dense and calls
+
+
+@pytest.mark.parametrize("measure", ["kl", "nll"])
+def test_only_the_tokens_that_count_decide(big, text, measure):
+    counted = torch.rand(text.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    counted[:, -1] = True
+    sets = [[SubBlock(1, "mlp")], [SubBlock(0, "block"), SubBlock(5, "block")]]
+    some, every = (search.SetCosts(big, text, measure, of).mean(sets) for of in (counted, None))
+    assert some == pytest.approx([plain_cost(big, text, s, measure, counted) for s in sets], rel=1e-3, abs=1e-6)
+    assert abs(some - every).min() > 1e-3  # the cache keeps them apart
+    order = plain_greedy(big, text, 3, MIXED, measure, counted)
+    assert search.greedy(big, text, 3, MIXED, measure, counted).order == order
+    singles = [[s] for s in sorted(find(big, "attention"))]
+    cheapest = min(singles, key=lambda s: plain_cost(big, text, s, measure, counted))
+    assert search.single_drops(big, text, 1, measure=measure, counted=counted).order == cheapest
+
+
+def test_a_search_counts_every_token_unless_told_otherwise(big, text):
+    counted = torch.ones_like(text, dtype=torch.bool)
+    assert search.lazy_greedy(big, text, 4, counted=counted).order == search.lazy_greedy(big, text, 4).order
+
+
+def test_a_window_in_which_no_token_counts_is_refused(big, text):
+    counted = torch.zeros_like(text, dtype=torch.bool)
+    counted[[0, 1, 3], 4] = counted[2, 0] = True  # no model predicts the first token
+    with pytest.raises(ValueError, match="in window 2 of 4 no token counts"):
+        search.lazy_greedy(big, text, 1, counted=counted)
 
 
 def test_interactions_are_differences_of_plain_costs(big, text):

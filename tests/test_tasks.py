@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,15 @@ def test_each_pruned_model_generates_its_own_answers(model, own, monkeypatch):
     scores, items = harness.evaluate_task(lm, "free", 3, own)
     assert scores.metric.tolist() == ["exact_match (whole)", "exact_match (first)"] * len(SETS)
     assert set(items.metric) == set(scores.metric) and scores.chance.isna().all()
+
+
+def test_worked_answers_are_those_of_the_rows(own):
+    rows = [json.loads(line) for line in Path(own, "rows.json").read_text().splitlines()]
+    answers = harness.worked_answers("free", 5, own)
+    assert [(prompt, answer.split()) for prompt, answer in answers] == [(row["q"], [row["c"][0].strip()]) for row in rows[:5]]
+    assert all(answer.startswith(" ") for _, answer in answers)
+    with pytest.raises(ValueError, match="choice_one has no free answers: the harness asks it as multiple_choice"):
+        harness.worked_answers("choice_one", 5, own)
 
 
 def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tokenizer):

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from entrodrop_utils import text
 from entrodrop_utils.text import corpus, harvest
@@ -53,6 +54,15 @@ def test_parts_share_nothing(source):
 def test_a_repeated_paragraph_is_kept_once(source):
     everything = "\n".join(d for part in corpus.SHARES for _, d in text.documents(source, part))
     assert everything.count("All rights reserved") == 1
+
+
+def test_tokens_are_matched_one_by_one():
+    ids = torch.tensor([[3, 14, 15], [92, 14, 3]])
+    decoded = {3: "sum", 14: " 1", 15: "<<", 92: "4a"}
+    tokenizer = Letters()
+    tokenizer.decode = lambda tokens: "".join(decoded[i] for i in tokens)
+    assert text.tokens_with(r"\d", ids, tokenizer).tolist() == [[False, True, False], [True, True, False]]
+    assert text.tokens_with("um|<", ids, tokenizer).tolist() == [[True, False, True], [False, False, True]]
 
 
 def test_same_seed_same_windows(source):

@@ -39,6 +39,7 @@ def tiny(tmp_path, monkeypatch):
         "PROMPTS": (3, 8),
         "NEW": 12,
         "FRACTIONS": (0.34, 0.5),
+        "DIGIT": "1",  # every word of the tokenizer has a digit
     }.items():
         monkeypatch.setattr(study, name, value)
     return tmp_path / "tiny"
@@ -60,7 +61,7 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
 
     def scored(model, tokenizer, tasks, sets, limit, repaired):
         asked.append(sets[0])
-        assert (repaired is None) == (len(asked) <= 11)
+        assert (repaired is None) == (len(asked) <= 13)
         right = [n < 7 - len(sets[0]) for n in range(limit)]
         items = [(sets[0], "sums", "sums", m, i, float(v)) for m in ("strict", "flexible") for i, v in enumerate(right)]
         return pd.DataFrame({"note": [""]}), pd.DataFrame(items, columns=["set", "task", "part", "metric", "item", "value"])
@@ -74,13 +75,16 @@ def test_every_row_is_of_the_pruned_model_that_it_names(tiny, monkeypatch):
     texts = [text_of("", "calibration", None, *shape) for shape in ((2, 12), (2, 17))]
     texts.insert(1, torch.cat([once, once[:, 1:]], 1))
     orders = [search.lazy_greedy(tiny_llama(), ids, 3, "attention").order for ids in texts]
+    digits = torch.tensor([["1" in word_tokenizer().decode([i]) for i in window] for window in texts[-1].tolist()])
+    orders.append(search.lazy_greedy(tiny_llama(), texts[-1], 3, "attention", counted=digits).order)
     expected = [()]
     for n in (2, 3):
         expected += [tuple(sorted(one_shot(scores, m, "attention", n))) for m in study.METRICS]
         expected += [tuple(sorted(order[:n])) for order in orders]
     expected.append(expected[1])
-    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 12
-    assert rows.metric.iloc[-1] == "cosine, repaired" and rows.metric.iloc[10] == "lazy greedy, sums"
+    assert asked == expected and rows.task_metric.tolist() == ["strict", "flexible"] * 14
+    assert rows.metric.iloc[-1] == "cosine, repaired"
+    assert rows.metric.iloc[[10, 12]].tolist() == ["lazy greedy, sums", "lazy greedy, digits of sums"]
     assert json.loads((tiny / "generation_run.json").read_text())["search text"] == "sums.txt"
     fitted = repair(tiny_llama(), expected[1], text_of("", "calibration", None, 8, 16))
     for row, drop_set in zip(rows.iloc[::2].itertuples(), expected, strict=True):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -99,20 +99,32 @@ class SetCosts:
 
     Args:
         measure: "kl" or "nll".
+        counted: the tokens whose prediction counts, such as those of ``text.tokens_with``; None for all.
+    Raises:
+        ValueError: an unknown measure, or a window in which no token counts.
 
     >>> costs = SetCosts(model, windows)
     >>> costs([[SubBlock(1, "mlp")], [SubBlock(2, "mlp")]]).shape == (2, len(windows))
     True
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Int[Tensor, "window token"], measure: str = "kl"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Int[Tensor, "window token"],
+        measure: str = "kl",
+        counted: Bool[Tensor, "window token"] | None = None,
+    ):
         if measure not in MEASURES:
             raise ValueError(f"unknown measure {measure!r}: choose one of {', '.join(MEASURES)}")
         check_tokens(model, windows)
-        self.model, self.windows, self.measure, self.n_layers = model, windows, measure, len(decoder_layers(model))
+        self.model, self.windows, self.measure, self.counted = model, windows, measure, counted
+        self.n_layers = len(decoder_layers(model))
         self.passes = float(len(windows))  # the dense model, with which all are compared
         self.costs: dict[DropSet, np.ndarray] = {}
         self.key = cache.model_key(model, "evaluation")
+        if counted is not None:
+            self.key = cache.subkey(self.key, cache.tensor_digest(counted))
 
     @property
     def tokens(self) -> float:
@@ -122,7 +134,7 @@ class SetCosts:
     @cached_property
     def dense(self) -> IncrementalLosses:
         """The dense model's states and predictions, computed when a set is first measured."""
-        return IncrementalLosses(self.model, self.windows)
+        return IncrementalLosses(self.model, self.windows, counted=self.counted)
 
     def __call__(self, sets: Iterable[Iterable[SubBlock]]) -> Float[np.ndarray, "set window"]:
         """The cost of every set in every window. Raises ValueError as ``dropped``."""

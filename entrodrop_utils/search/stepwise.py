@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ def single_drops(
     n: int | None = None,
     kinds: Kinds = "attention",
     measure: str = "kl",
+    counted: Bool[Tensor, "window token"] | None = None,
 ) -> SearchResult:
     """The sub-blocks whose drop alone costs least; nothing is measured again after a drop.
 
@@ -26,13 +27,14 @@ def single_drops(
         n: how many to drop; None for all that can be.
         kinds: attention, mlp, block, or attention and mlp together.
         measure: "kl" (to the dense model) or "nll" (increase of the loss).
+        counted: the tokens whose prediction counts, such as those of ``text.tokens_with``; None for all.
     Raises:
-        ValueError: as ``candidates`` and ``take``.
+        ValueError: as ``candidates``, ``take`` and ``SetCosts``.
 
     >>> single_drops(model, windows, 2).order == single_drops(model, windows, 3).order[:2]
     True
     """
-    costs, possible = SetCosts(model, windows, measure), candidates(model, kinds)
+    costs, possible = SetCosts(model, windows, measure, counted), candidates(model, kinds)
     cost = dict(zip(possible, costs.mean([sub_block] for sub_block in possible), strict=True))
     return costs.ranking(take(model, sorted(possible, key=cost.get), n))
 
@@ -43,6 +45,7 @@ def greedy(
     n: int | None = None,
     kinds: Kinds = "attention",
     measure: str = "kl",
+    counted: Bool[Tensor, "window token"] | None = None,
 ) -> SearchResult:
     """Drop what costs least, measure every remaining sub-block anew, and repeat.
 
@@ -53,7 +56,7 @@ def greedy(
     >>> len(ranking.order), ranking.passes < 3 * 2 * n_layers * len(windows)
     (3, True)
     """
-    return lazy_greedy(model, windows, n, kinds, shortlist=None, measure=measure)
+    return lazy_greedy(model, windows, n, kinds, shortlist=None, measure=measure, counted=counted)
 
 
 def lazy_greedy(
@@ -64,6 +67,7 @@ def lazy_greedy(
     shortlist: int | None = 5,
     measure: str = "kl",
     among: Collection[SubBlock] | None = None,
+    counted: Bool[Tensor, "window token"] | None = None,
 ) -> SearchResult:
     """Greedy search that measures only the ``shortlist`` cheapest sub-blocks anew after each drop.
 
@@ -90,7 +94,7 @@ def lazy_greedy(
     >>> set(lazy_greedy(model, windows, 3, among=proposed).order) < set(proposed)
     True
     """
-    costs, possible = SetCosts(model, windows, measure), candidates(model, kinds)
+    costs, possible = SetCosts(model, windows, measure, counted), candidates(model, kinds)
     if among is not None:
         if strange := sorted(set(among) - set(possible)):
             raise ValueError(f"cannot search {', '.join(map(str, strange))}: not among the {len(possible)} sub-blocks of {kinds!r}")

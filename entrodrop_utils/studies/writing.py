@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -35,7 +35,7 @@ from ..repairing import repair
 from ..selection import count_of, one_shot
 from ..statistics import interval_text, mean_interval, paired_difference, share_interval
 from ..tasks import task_scores_by_set
-from ..text import repeated, text_digest, windows
+from ..text import repeated, text_digest, tokens_with, windows
 from .methods import layers_text
 from .search_study import ON_REPEATED, OURS, POINT_COLOURS, REPEATED_TEXT
 from .speed import device_name
@@ -46,6 +46,8 @@ METRICS = ("cosine", "bucket")  # whose choices answer the task, as do those of 
 CONTINUING = ("knn", "norm_ratio")  # whose choices only continue text
 SCORED, SEARCHED, FITTED = (24, 256), (3, 32), (20, 256)  # calibration windows of the scores, of lazy greedy, of the linear repair
 PROMPTS, NEW = (24, 64), 64  # prompts of evaluation text; tokens that continue them
+DIGIT = r"\d"
+SearchText = tuple[Int[Tensor, "_ _"], Bool[Tensor, "_ _"] | None]  # windows, and the tokens that count (None: all)
 ANSWERS, REPETITION = "generation.csv", "repetition.csv"
 
 
@@ -104,10 +106,24 @@ def answer_rows(
     return rows
 
 
+def searched_texts(tokenizer: PreTrainedTokenizerBase, text: str = "") -> dict[str, SearchText]:
+    """The calibration text of each search before a model answers, by the name of the method.
+
+    Args:
+        text: on which lazy greedy searches too, with all of its tokens and with its digits alone.
+    """
+    short, once = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in (SEARCHED, REPEATED_TEXT))
+    texts: dict[str, SearchText] = {OURS: (short, None), ON_REPEATED: (repeated(once), None)}
+    if text:
+        own, name = windows(text, "calibration", tokenizer, *repeated(once).shape), Path(text).stem
+        texts |= {f"{OURS}, {name}": (own, None), f"{OURS}, digits of {name}": (own, tokens_with(DIGIT, own, tokenizer))}
+    return texts
+
+
 def attention_choices(
     model: PreTrainedModel,
     scored: Int[Tensor, "window token"],
-    searched: Mapping[str, Int[Tensor, "_ _"]],
+    searched: Mapping[str, SearchText],
     fractions: Sequence[float],
 ) -> dict[tuple[str, int], DropSet]:
     """(method, number) -> the attention layers that it drops; the dense model comes first, then small numbers.
@@ -119,7 +135,10 @@ def attention_choices(
     metrics, n_layers = METRICS + CONTINUING, len(search.candidates(model, "attention"))
     counts = [count_of(fraction, n_layers) for fraction in fractions]
     scores = cached_score(model, scored, metrics, ["attention"])
-    orders = {method: search.lazy_greedy(model, ids, max(counts), "attention").order for method, ids in searched.items()}
+    orders = {
+        method: search.lazy_greedy(model, ids, max(counts), "attention", counted=counted).order
+        for method, (ids, counted) in searched.items()
+    }
     choices: dict[tuple[str, int], DropSet] = {("dense", 0): ()}
     for n in counts:
         choices |= {(m, n): tuple(sorted(one_shot(scores, m, "attention", n))) for m in metrics}
@@ -133,7 +152,8 @@ def measure_writing(name: str, task: str, items: int, precision: str, text: str 
     Args:
         items: of the task; with 0 only repetition is measured.
         precision: of the weights while the model writes.
-        text: on which lazy greedy searches too before the model answers, such as a file of the task's training part.
+        text: on which lazy greedy searches too before the model answers, such as a file of the task's training part; once on all
+            its tokens, and once on its digits.
     Returns:
         metric (or method), n_dropped, n_layers, dropped (layers), precision, device. Of answers what ``answer_rows`` returns. Of
         repetition the mean share over prompts and its interval (repeated, low, high), that less the dense model's (more, more_low,
@@ -141,13 +161,10 @@ def measure_writing(name: str, task: str, items: int, precision: str, text: str 
     """
     start = time.monotonic()
     model, tokenizer = load_model(name)
-    amounts = (SCORED, FITTED, SEARCHED, REPEATED_TEXT)
-    scored, fitted, short, once = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in amounts)
-    searched, twice = {OURS: short}, repeated(once)
-    if items:  # only answers compare the texts of the search
-        searched[ON_REPEATED] = twice
-        if text:
-            searched[f"{OURS}, {Path(text).stem}"] = windows(text, "calibration", tokenizer, *twice.shape)
+    scored, fitted = (windows(DEFAULT_TEXT, "calibration", tokenizer, *amount) for amount in (SCORED, FITTED))
+    searched = searched_texts(tokenizer, text)
+    if not items:  # only answers compare the texts of the search
+        searched = {OURS: searched[OURS]}
     prompts = windows(DEFAULT_TEXT, "evaluation", tokenizer, *PROMPTS)
     choices = attention_choices(model, scored, searched, FRACTIONS)
     fewest = next(key for key in choices if key[0] == METRICS[0])
@@ -158,7 +175,7 @@ def measure_writing(name: str, task: str, items: int, precision: str, text: str 
     del model  # a large one is in memory once
     model, _ = load_model(name, dtype=precision)
     about = {"precision": precision, "device": device_name(model.device)}
-    hashes = [text_digest(ids) for ids in (scored, fitted, *searched.values(), prompts)]
+    hashes = [text_digest(ids) for ids in (scored, fitted, *(ids for ids, _ in searched.values()), prompts)]
     dense = prompt_repetition(model, (), prompts)
 
     def repeating(drop_set: DropSet, repaired: Repair | None) -> list[dict[str, object]]:

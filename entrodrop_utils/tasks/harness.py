@@ -108,6 +108,34 @@ def check_tasks(names: Iterable[str], own: str = "") -> None:
             )
 
 
+def _loaded(name: str, own: str) -> dict:
+    """A task or group as the harness evaluates it; errors are those of ``evaluate_task``."""
+    check_tasks([name], own)
+    try:
+        loaded = _manager(own).load([name])
+    except Exception as error:  # datasets and the hub raise a dozen kinds
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise TaskUnavailable(f"the data of {name} cannot be had here ({reason})") from error
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return loaded
+
+
+def worked_answers(name: str, limit: int, own: str = "") -> list[tuple[str, str]]:
+    """The first prompts of a task with free answers, as the harness asks them, each with the right answer and its steps.
+
+    Raises:
+        ValueError: a task that does not exist, or whose answers are choices.
+        TaskUnavailable: its data are not available.
+    """
+    with quiet_harness():
+        (task,) = _loaded(name, own)["tasks"].values()
+        if task.OUTPUT_TYPE != "generate_until":
+            raise ValueError(f"{name} has no free answers: the harness asks it as {task.OUTPUT_TYPE}")
+        task.build_all_requests(limit=limit)
+    return [(asked.args[0], task.config.target_delimiter + task.doc_to_target(asked.doc)) for asked in task.instances]
+
+
 def evaluate_task(lm: PrunedLM, name: str, limit: int | None = None, own: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     """One task (or group of tasks) for every set of ``lm``.
 
@@ -121,16 +149,9 @@ def evaluate_task(lm: PrunedLM, name: str, limit: int | None = None, own: str = 
         ValueError: a task that does not exist.
         TaskUnavailable: its data are not available.
     """
-    check_tasks([name], own)
     scores, items = [], []
     with quiet_harness():
-        try:
-            loaded = _manager(own).load([name])
-        except Exception as error:  # datasets and the hub raise a dozen kinds
-            reason = " ".join(str(error).split())[:600] or type(error).__name__
-            raise TaskUnavailable(f"the data of {name} cannot be had here ({reason})") from error
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(FEWSHOT_SEED)
+        loaded = _loaded(name, own)
         share = None if limit is None else math.ceil(limit / len(loaded["tasks"]))
         for one in lm.sets:
             lm.current = one

@@ -15,6 +15,7 @@ from .corpus import (
     quiet_datasets,
     repeated,
     text_digest,
+    tokens_with,
     windows,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "quiet_datasets",
     "repeated",
     "text_digest",
+    "tokens_with",
     "windows",
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
 from datasets.utils import logging as datasets_logging
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .harvest import PIECE, harvested
@@ -194,6 +194,20 @@ def repeated(ids: Int[Tensor, "window token"]) -> Int[Tensor, "window token2"]:
     [[0, 1, 2, 3, 1, 2, 3]]
     """
     return torch.cat([ids, ids[:, 1:]], 1)
+
+
+def tokens_with(pattern: str, ids: Int[Tensor, "window token"], tokenizer: Callable) -> Bool[Tensor, "window token"]:
+    r"""Which tokens, decoded one by one, contain what a regular expression finds.
+
+    A search that counts only the digits of worked calculations (``counted=tokens_with(r"\d", ids, tokenizer)``) spares what
+    calculates. Among all tokens they are too few to decide it.
+
+    >>> ids = windows("docs", "calibration", tokenizer, 1, 32)
+    >>> tokens_with("[a-z]", ids, tokenizer).shape
+    torch.Size([1, 32])
+    """
+    matches = {i: re.search(pattern, tokenizer.decode([i])) is not None for i in ids.unique().tolist()}
+    return torch.tensor([[matches[i] for i in window] for window in ids.tolist()])
 
 
 def text_digest(ids: Int[Tensor, "sequence token"]) -> str:
