@@ -110,3 +110,29 @@ def test_the_table_has_the_choice_of_every_method(ones, tmp_path, monkeypatch):
         assert row["dropped"] == " ".join(str(s.layer) for s in sorted(order)) and row["n_layers"] == 6
     record = json.loads((tmp_path / "tiny" / "answer_tokens_run.json").read_text())
     assert (record["task"], record["items"], record["search text"]) == ("sums", 3, "sums.txt") and len(record["texts"]) == 4
+
+
+def test_every_model_and_method_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "RESULTS", tmp_path)
+    for model, shift in {"a": 0.0, "b": 0.5}.items():
+        rows = [
+            (method, n, 24, kind, 4, 200 if kind == "digits" else 90, value, value - 0.1, value + 0.1, value / 10, 0.0, value / 5)
+            for n, base in ((3, 0.2), (6, 0.4))
+            for method, more in (("cosine", 0.0), ("bucket", 0.1))
+            for kind, value in (("digits", base + more + shift), ("other tokens", base))
+        ]
+        ends = ["increase", "low", "high", "lost", "lost_low", "lost_high"]
+        table = pd.DataFrame(rows, columns=["metric", "n_dropped", "n_layers", "tokens", "items", "count", *ends])
+        (tmp_path / model).mkdir()
+        table.to_csv(tmp_path / model / study.FILE, index=False)
+    read = writing.committed_tables(study.FILE, ["a", "b", "c"])
+    shown = study.lost_table(read)
+    assert shown.index.tolist() == [(m, n, name) for m in "ab" for n in (3, 6) for name in ("cosine", "bucket")]
+    assert shown.loc[("b", 6, "bucket")].tolist() == [
+        "1.00 [0.90, 1.10]", "0.40 [0.30, 0.50]", "10.0% [0.0%, 20.0%]", "4.0% [0.0%, 8.0%]",
+    ]  # fmt: skip
+    lines = study.lost_sentences(read)
+    assert len(lines) == 4 and lines[0] == (
+        "Without 3 of 24 attention layers a loses, of the digits in right answers (50 in each): "
+        "2.0% [0.0%, 4.0%] by cosine, 3.0% [0.0%, 6.0%] by bucket."
+    )

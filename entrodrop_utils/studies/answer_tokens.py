@@ -24,7 +24,7 @@ from ..paths import RESULTS
 from ..profile import DEFAULT_MODEL, DEFAULT_TEXT, slug
 from ..progress import progress
 from ..record import run_record, write_recorded
-from ..statistics import Interval, mean_interval, paired_difference
+from ..statistics import Interval, interval_text, mean_interval, paired_difference
 from ..tasks.harness import worked_answers
 from ..text import text_digest, tokens_with, windows
 from .methods import layers_text
@@ -66,15 +66,9 @@ def answer_tokens(
                 rows.append(pd.DataFrame(columns))
             return pd.concat(rows, ignore_index=True)
 
-        rows = cache.rows_by_set(
-            "answer_tokens", cache.subkey(key, cache.tensor_digest(ids), len(before)), named, compute, _nothing
-        )
-        tables.append(rows.assign(item=item))
+        entry = cache.subkey(key, cache.tensor_digest(ids), len(before))
+        tables.append(cache.rows_by_set("answer_tokens", entry, named, compute, lambda: None).assign(item=item))
     return pd.concat(tables, ignore_index=True)
-
-
-def _nothing() -> None:
-    """The progress is that of the answers."""
 
 
 def lost_tokens(tokens: pd.DataFrame, drop_set: DropSet) -> list[dict[str, object]]:
@@ -137,12 +131,32 @@ def measure_answers(
     return table
 
 
+def lost_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What every method costs each model at digits and at other tokens, as text, from the committed tables."""
+    increase, lost = ["increase", "low", "high"], ["lost", "lost_low", "lost_high"]
+    texts = {"loss increase": interval_text(table, increase), "lost": interval_text(table, lost, ".1%")}
+    shown = table.assign(**texts).pivot_table([*texts], ["model", "n_dropped", "metric"], "tokens", aggfunc="first", sort=False)
+    return shown[[(value, kind) for value in texts for kind in KINDS.values()]].rename_axis(columns=[None, None])
+
+
+def lost_sentences(table: pd.DataFrame) -> list[str]:
+    """For each model and number, the share of the right answers' digits that each method loses."""
+    lines = []
+    for (model, n), rows in table[table.tokens == KINDS[True]].groupby(["model", "n_dropped"], sort=False):
+        shares = zip(rows.metric, interval_text(rows, ["lost", "lost_low", "lost_high"], ".1%"), strict=True)
+        by_method = ", ".join(f"{share} by {method}" for method, share in shares)
+        number = f"Without {n} of {rows.n_layers.iloc[0]} attention layers {model}"
+        each = (rows["count"] / rows["items"]).iloc[0]
+        lines.append(f"{number} loses, of the digits in right answers ({each:.0f} in each): {by_method}.")
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure which tokens of right answers a model loses with its attention layers."""
     parser = argparse.ArgumentParser(prog="python -m entrodrop_utils.studies.answer_tokens", description=main.__doc__)
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="as for load_model")
     parser.add_argument("--task", default="gsm8k", help="of lm-evaluation-harness, with free answers")
-    parser.add_argument("--items", type=int, default=20, help="of the task")
+    parser.add_argument("--items", type=int, default=10, help="of the task")
     parser.add_argument("--text", default="", help="on which lazy greedy searches too, such as the task's training part")
     parser.add_argument(
         "--fractions", nargs="+", type=float, default=FRACTIONS[:1], help="of the attention layers, that are dropped"

@@ -211,7 +211,7 @@ def committed_tables(file: str, models: Iterable[str]) -> pd.DataFrame:
     if not tables:
         return pd.DataFrame(columns=["model", "metric", "n_dropped", "n_layers", "task", "value", "repeated", "low", "high"])
     table = pd.concat(tables)
-    key = [name for name in ("model", "metric", "n_dropped", "task") if name in table]
+    key = [name for name in ("model", "metric", "n_dropped", "task", "tokens") if name in table]
     return table.drop_duplicates(key)[["model", *table.columns.drop("model")]].reset_index(drop=True)
 
 
