@@ -2,7 +2,8 @@
 
 Each returns a ``SearchResult``: the sub-blocks, first dropped first, with the forward passes and tokens spent. ``lazy_greedy`` is
 the recommended one; the others are what it is compared with. On windows of ``text.repeated`` it spares attention layers that copy
-from the context, which the loss on short windows hardly shows.
+from the context, which the loss on short windows hardly shows; with ``counted`` only some tokens decide, such as the digits of
+worked calculations.
 
 >>> from entrodrop_utils import search
 >>> ranking = search.lazy_greedy(model, windows, 2)
