@@ -71,6 +71,18 @@ def _check_windows(model: PreTrainedModel, windows: Tensor) -> None:
         raise ValueError(f"need windows of at least two tokens (window, token), got shape {tuple(windows.shape)}")
 
 
+def check_counted(windows: Tensor, counted: Tensor | None) -> None:
+    """Raises ValueError unless ``counted`` has one truth value for each token, and a true one after the first in each window."""
+    if counted is None:
+        return
+    if counted.shape != windows.shape or counted.dtype != torch.bool:
+        raise ValueError(
+            f"need a truth value for each of the tokens {tuple(windows.shape)}, got {counted.dtype} of {tuple(counted.shape)}"
+        )
+    if not (enough := counted[:, 1:].any(1)).all():
+        raise ValueError(f"in window {int(enough.int().argmin())} of {len(windows)} no token counts: take longer windows")
+
+
 def _batches(windows: Tensor) -> tuple[Tensor, ...]:
     return windows.split(max(1, MAX_TOKENS // windows.shape[1]))
 
@@ -207,7 +219,7 @@ class IncrementalLosses:
         max_bytes: of the states inside pruned models.
         counted: the tokens whose prediction counts, at least one after the first in each window; None for all.
     Raises:
-        ValueError: windows of fewer than two tokens, or one in which no token counts.
+        ValueError: windows of fewer than two tokens, or as ``check_counted``.
     """
 
     @torch.inference_mode()
@@ -219,8 +231,7 @@ class IncrementalLosses:
         counted: Bool[Tensor, "window token"] | None = None,
     ):
         _check_windows(model, windows)
-        if counted is not None and not (enough := counted[:, 1:].any(1)).all():
-            raise ValueError(f"in window {int(enough.int().argmin())} of {len(windows)} no token counts: take longer windows")
+        check_counted(windows, counted)
         self.model, self.states, self.max_bytes = model, {}, max_bytes
         with evaluation_mode(model):
             batches = _batches(windows)

@@ -13,6 +13,7 @@ from tiny_llama import tiny_llama
 
 from entrodrop_utils import search
 from entrodrop_utils.dropping import dropped
+from entrodrop_utils.evaluation import check_counted
 from entrodrop_utils.residual import SubBlock, find, states
 from entrodrop_utils.search.costs import shared_passes, take
 from entrodrop_utils.search.gates import _descended
@@ -175,6 +176,12 @@ def test_a_window_in_which_no_token_counts_is_refused(big, text):
     counted[[0, 1, 3], 4] = counted[2, 0] = True  # no model predicts the first token
     with pytest.raises(ValueError, match="in window 2 of 4 no token counts"):
         search.lazy_greedy(big, text, 1, counted=counted)
+
+
+@pytest.mark.parametrize("counted", [torch.ones(4, 15, dtype=torch.bool), torch.ones(4, 16, dtype=torch.int64)])
+def test_what_counts_is_a_truth_value_for_each_token(text, counted):
+    with pytest.raises(ValueError, match=rf"for each of the tokens \(4, 16\), got {counted.dtype} of \(4, {counted.shape[1]}\)"):
+        check_counted(text, counted)
 
 
 def test_interactions_are_differences_of_plain_costs(big, text):

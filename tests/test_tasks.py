@@ -222,6 +222,8 @@ def test_worked_answers_are_those_of_the_rows(own):
     assert all(answer.startswith(" ") for _, answer in answers)
     with pytest.raises(ValueError, match="choice_one has no free answers: the harness asks it as multiple_choice"):
         harness.worked_answers("choice_one", 5, own)
+    with pytest.raises(ValueError, match="both is a group of 2 tasks"):
+        harness.worked_answers("both", 5, own)
 
 
 def test_what_does_not_exist_and_what_cannot_be_had(model, monkeypatch, own, tokenizer):

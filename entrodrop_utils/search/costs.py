@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .. import cache
 from ..dropping import check_drop_set
-from ..evaluation import IncrementalLosses
+from ..evaluation import IncrementalLosses, check_counted
 from ..families.decoder import decoder_layers
 from ..families.self_check import evaluation_mode
 from ..layerwise import MAX_TOKENS, DropSet, set_name
@@ -101,7 +101,7 @@ class SetCosts:
         measure: "kl" or "nll".
         counted: the tokens whose prediction counts, such as those of ``text.tokens_with``; None for all.
     Raises:
-        ValueError: an unknown measure, or a window in which no token counts.
+        ValueError: an unknown measure, or as ``check_counted``.
 
     >>> costs = SetCosts(model, windows)
     >>> costs([[SubBlock(1, "mlp")], [SubBlock(2, "mlp")]]).shape == (2, len(windows))
@@ -118,6 +118,7 @@ class SetCosts:
         if measure not in MEASURES:
             raise ValueError(f"unknown measure {measure!r}: choose one of {', '.join(MEASURES)}")
         check_tokens(model, windows)
+        check_counted(windows, counted)
         self.model, self.windows, self.measure, self.counted = model, windows, measure, counted
         self.n_layers = len(decoder_layers(model))
         self.passes = float(len(windows))  # the dense model, with which all are compared

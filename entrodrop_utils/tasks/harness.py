@@ -125,11 +125,13 @@ def worked_answers(name: str, limit: int, own: str = "") -> list[tuple[str, str]
     """The first prompts of a task with free answers, as the harness asks them, each with the right answer and its steps.
 
     Raises:
-        ValueError: a task that does not exist, or whose answers are choices.
+        ValueError: a task that does not exist, a group of tasks, or one whose answers are choices.
         TaskUnavailable: its data are not available.
     """
     with quiet_harness():
-        (task,) = _loaded(name, own)["tasks"].values()
+        task, *more = _loaded(name, own)["tasks"].values()
+        if more:
+            raise ValueError(f"{name} is a group of {1 + len(more)} tasks: name one of them")
         if task.OUTPUT_TYPE != "generate_until":
             raise ValueError(f"{name} has no free answers: the harness asks it as {task.OUTPUT_TYPE}")
         task.build_all_requests(limit=limit)
