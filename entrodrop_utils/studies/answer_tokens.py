@@ -112,8 +112,7 @@ def measure_answers(
     model, tokenizer = load_model(name)
     answers = worked_answers(task, items)
     scored, searched = windows(DEFAULT_TEXT, "calibration", tokenizer, *SCORED), searched_texts(tokenizer, text)
-    choices = attention_choices(model, scored, searched, fractions)
-    choices = {key: drop_set for key, drop_set in choices.items() if key[0] in ("dense", *METRICS, *searched)}
+    choices = attention_choices(model, scored, searched, fractions, METRICS)
     n_layers = len(search.candidates(model, "attention"))
     del model  # a large one is in memory once
     model, _ = load_model(name, dtype=precision)

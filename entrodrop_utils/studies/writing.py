@@ -125,6 +125,7 @@ def attention_choices(
     scored: Int[Tensor, "window token"],
     searched: Mapping[str, SearchText],
     fractions: Sequence[float],
+    metrics: Sequence[str] = METRICS + CONTINUING,
 ) -> dict[tuple[str, int], DropSet]:
     """(method, number) -> the attention layers that it drops; the dense model comes first, then small numbers.
 
@@ -132,7 +133,7 @@ def attention_choices(
         scored: calibration text of the metrics, which choose in one shot.
         searched: that of lazy greedy, by the name of the method.
     """
-    metrics, n_layers = METRICS + CONTINUING, len(search.candidates(model, "attention"))
+    n_layers = len(search.candidates(model, "attention"))
     counts = [count_of(fraction, n_layers) for fraction in fractions]
     scores = cached_score(model, scored, metrics, ["attention"])
     orders = {
