@@ -596,9 +596,10 @@ def test_a_kernel_that_dies_and_one_without_memory_do_not_stop_the_next(project,
     assert [path.name for path in (project / "data/results").rglob("*.csv")] == ["99_table.csv"]
 
 
-def command(project: Path, *arguments: str) -> subprocess.Popen:
-    """``make reproduce`` in a project of its own, which Ctrl-C interrupts."""
+def command(project: Path, *arguments: str, first: str = "") -> subprocess.Popen:
+    """``make reproduce`` in a project of its own, which Ctrl-C interrupts; ``first`` is executed in its process before it."""
     code = (
+        f"{first}\n"
         "import signal, sys\n"
         "from entrodrop_utils.runner.__main__ import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts what is in the background without it
@@ -614,6 +615,7 @@ def command(project: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+ONE_SENTENCE = "interrupted: the committed files are unchanged, and the next run starts this notebook again"
 TABLE = "run-*/results/smollm2-135m-instruct/default/99_table.csv"
 
 
@@ -636,11 +638,32 @@ def test_a_killed_run_leaves_what_was_committed(project, how, moment):
     assert bool(list((project / "build").glob("run-*"))) == (how == signal.SIGKILL)  # which nobody can tidy up after
     if how == signal.SIGINT:  # wherever it was: in the loop of messages, in the kernel's start
         assert process.returncode == 130
-        assert said.strip() == "interrupted: the committed files are unchanged, and the next run starts this notebook again"
+        assert said.strip() == ONE_SENTENCE
     assert (project / "notebooks/99_small.ipynb").read_bytes() == before
     assert not list((project / "data/results").rglob("*.csv"))
     nbformat.write(notebook(), project / "notebooks/99_small.ipynb")
     assert run() == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("asyncio.selector_events", "BaseSelectorEventLoop._make_self_pipe"), ("subprocess", "Popen._execute_child")],
+)
+def test_ctrl_c_says_one_sentence_whatever_object_it_leaves_half_made(project, module, name):
+    """An object whose constructor was interrupted may fail when it is freed, after the command has said its sentence."""
+    halfway = f"""
+import os, signal, time
+import {module}
+def interrupted(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+{module}.{name} = interrupted
+"""
+    process = command(project, first=halfway)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.strip() == ONE_SENTENCE
+    assert not list((project / "build").glob("run-*"))
 
 
 MEET = """
@@ -702,7 +725,7 @@ def test_ctrl_c_ends_notebooks_that_run_beside_each_other(project):
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said[1].strip() == "interrupted: the committed files are unchanged, and the next run starts this notebook again"
+    assert said[1].strip() == ONE_SENTENCE
     assert "99_small" not in said[0]  # which had not begun
     assert not list((project / "build").glob("run-*"))
     assert {file.name: file.read_bytes() for file in (project / "notebooks").glob("*.ipynb")} == before

@@ -303,6 +303,8 @@ def run_notebook(notebook: Path, parameters: dict[str, object], label: str, pref
         shutil.rmtree(stage, ignore_errors=True)
         return Row(notebook.stem, "done", time.monotonic() - start, ", ".join(map(str, folders)))
     except KeyboardInterrupt:
+        # Objects that it left half made, such as an event loop, fail when they are freed, after the one sentence of the command
+        sys.unraisablehook = lambda unraisable: None
         if stage:
             shutil.rmtree(stage, ignore_errors=True)
         raise
