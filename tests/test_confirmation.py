@@ -33,7 +33,7 @@ def on_a_tiny_model(module, folder: Path, searched: tuple[int, int], scored: tup
     with pytest.MonkeyPatch.context() as patch:
         for name, value in texts.items():
             patch.setattr(study, name, value)
-        patch.setattr(module, "load_model", lambda name: (tiny_llama(), None))
+        patch.setattr(module, "load_model", lambda name, dtype=None: (tiny_llama().to(getattr(torch, dtype or "float32")), None))
         patch.setattr(module, "RESULTS", folder)
         yield patch
 
@@ -77,8 +77,8 @@ def test_the_command_measures_the_shares_that_it_was_given(monkeypatch, confirme
     monkeypatch.setattr(study, "confirm", lambda *arguments: given.append(arguments) or confirmed[0])
     study.main(["tiny", "--text", "a file", "--evolved", "mlp", "--shares", "attention=0.5,0.25", "mlp=0.34", "--windows", "4"])
     study.main(["tiny"])
-    assert given[0] == ("tiny", "a file", "", 2, ["mlp"], {"attention": (0.5, 0.25), "mlp": (0.34,)}, 4)
-    assert given[1] == ("tiny", "docs", "", 2, [], study.SHARES, study.HELD_OUT_TEXT[0])
+    assert given[0] == ("tiny", "a file", "", 2, ["mlp"], {"attention": (0.5, 0.25), "mlp": (0.34,)}, 4, None)
+    assert given[1] == ("tiny", "docs", "", 2, [], study.SHARES, study.HELD_OUT_TEXT[0], None)
 
 
 def test_what_was_written_is_read_as_another_text_of_the_model(confirmed):
@@ -121,14 +121,16 @@ def test_the_committed_confirmations_are_of_other_models_or_texts():
         assert (ours[["difference", "low", "high"]] == 0).all(axis=None) and rows.own.any() and not rows.own.all()
 
 
-def test_a_run_is_recorded_beside_its_table(tmp_path):
+@pytest.mark.parametrize(("precision", "measured"), [(None, "float32"), ("float64", "float64")])
+def test_a_run_is_recorded_beside_its_table(tmp_path, precision, measured):
     with on_a_tiny_model(study, tmp_path, (2, 30), (2, 30)):
-        study.confirm("tiny", "a file", "c4", 1, shares={"mlp": [0.34]}, held_out_windows=3)
+        study.confirm("tiny", "a file", "c4", 1, shares={"mlp": [0.34]}, held_out_windows=3, precision=precision)
     (path,) = tmp_path.glob("*/*/*_run.json")
     record = json.loads(path.read_text())
     assert record["windows and tokens"]["held out"] == [3, 14] and record["shares dropped"] == {"mlp": [0.34]}
     texts = {text_digest(text_of("a file", "calibration", None, 2, 30)), text_digest(text_of("a file", "evaluation", None, 3, 14))}
     assert record["calibration draws"] == 1 and texts <= {*record["texts"]} and record["commit"]
+    assert record["precision"] == measured
     assert path.name == "07_confirmation_run.json" and (path.parent / study.FILE).is_file()
 
 

@@ -59,6 +59,7 @@ def confirm(
     evolved: Iterable[str] = (),
     shares: Mapping[str, Sequence[float]] = SHARES,
     held_out_windows: int = HELD_OUT_TEXT[0],
+    precision: str | None = None,
 ) -> pd.DataFrame:
     """Every method on a model and a calibration text, judged on that text's evaluation part and on another domain.
 
@@ -69,13 +70,14 @@ def confirm(
         evolved: kinds on which EvoPress runs too, with the passes that lazy greedy spent.
         shares: kind -> shares of its sub-blocks that are dropped.
         held_out_windows: of each domain.
+        precision: of the weights; None as for ``load_model``. In bfloat16 rounding can decide between layers that cost the same.
     Returns:
         The columns of ``against_ours`` without ``share``, and ``dropped``: the layers that each draw chose, the draws separated by
         semicolons.
     """
     label, evolved, start = label or text, set(evolved), time.monotonic()
     path = RESULTS / Profile(model=name, size=SIZE, text=label).folder / FILE
-    model, tokenizer = load_model(name)
+    model, tokenizer = load_model(name, dtype=precision)
     short, long, held_out = study_texts(tokenizer, text, label, draws, held_out_windows)
     hashes = [text_digest(ids) for ids in (*short, *long, *held_out.values())]
     tables, measured = [], {}
@@ -94,6 +96,7 @@ def confirm(
             tables.append(table.assign(dropped=table.method.map(sets)))
             measured.setdefault(kind, []).append(share)
             settings = study_settings(name, label, draws, evolved, measured, held_out_windows)
+            settings["precision"] = str(model.dtype).removeprefix("torch.")
             write_recorded(path, pd.concat(tables), run_record(settings, name, hashes, time.monotonic() - start))
     return pd.concat(tables, ignore_index=True)
 
@@ -257,9 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--evolved", nargs="*", default=[], choices=[*KIND_NAMES], help="kinds on which EvoPress runs too")
     parser.add_argument("--shares", nargs="*", type=shares_argument, default=[*SHARES.items()], help=SHARES_HELP)
     parser.add_argument("--windows", type=int, default=HELD_OUT_TEXT[0], help="held-out windows of each domain")
+    parser.add_argument("--precision", help="of the weights: float32 or bfloat16; without it that of the model's registered entry")
     chosen = parser.parse_args(arguments)
     shares = dict(chosen.shares)
-    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved, shares, chosen.windows)
+    table = confirm(chosen.name, chosen.text, chosen.label, chosen.draws, chosen.evolved, shares, chosen.windows, chosen.precision)
     print(table[table.method != RANDOM_DRAW].drop(columns="dropped").round(3).to_string(index=False))
     return 0
 
