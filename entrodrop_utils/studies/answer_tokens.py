@@ -119,9 +119,11 @@ def measure_answers(
     tokens = answer_tokens(model, tokenizer, answers, choices.values())
     rows = []
     for (method, n), drop_set in choices.items():
+        if not n:  # the dense model, with which the others are compared
+            continue
         own = {"metric": method, "n_dropped": n, "n_layers": n_layers, "dropped": layers_text(drop_set)}
         about = {"precision": precision, "device": device_name(model.device)}
-        rows += [own | row | about for row in lost_tokens(tokens, drop_set) if n]
+        rows += [own | row | about for row in lost_tokens(tokens, drop_set)]
     settings = {"model": name, "text": DEFAULT_TEXT, "precision": precision, "task": task, "items": items}
     settings |= {"search text": Path(text).name} if text else {}
     hashes = [text_digest(ids) for ids in (scored, *(ids for ids, _ in searched.values()))]
