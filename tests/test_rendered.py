@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from entrodrop_utils import paths
@@ -41,3 +42,12 @@ def test_the_first_notebook_shows_the_committed_tables_of_every_model():
     text = " ".join(part for cell in shown(read(paths.NOTEBOOKS / "00_models.ipynb")) for part in cell)
     for cells in (summary.to_numpy().ravel(), model_facts.registered_models().results):
         assert [cell for cell in cells if isinstance(cell, str) and f">{cell}<" not in text] == []
+
+
+def test_no_committed_claim_is_decided_by_rounding():
+    """An end of an interval that differs from zero by less than its own rounding is zero."""
+    files = sorted(paths.RESULTS.glob("*/*/*claims.csv"))
+    assert files
+    for file in files:
+        numbers = pd.read_csv(file).select_dtypes("number").abs()
+        assert not ((numbers > 0) & (numbers < 1e-9)).any(axis=None), file.relative_to(paths.RESULTS)
